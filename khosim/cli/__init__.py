@@ -1,0 +1,1 @@
+"""The ``khosim`` command: :mod:`khosim.cli.main` and one module per subcommand."""

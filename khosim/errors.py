@@ -1,0 +1,74 @@
+"""The errors khosim raises, one branch per kind of trouble.
+
+* :class:`InputError`: what the user handed in is wrong. The command line prints it as one line and
+  exits with status 2.
+* :class:`KernelError`: a modelled kernel function refused with an errno, as the real one would.
+* :class:`KernelPanic`: the modelled kernel died. The machine survives.
+* :class:`RamFault`: an access outside the machine's RAM. Kernel code turns it into a panic.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+__all__ = ("InputError", "KernelError", "KernelPanic", "KhoSimError", "RamFault")
+
+_ENOTSUPP = 524  # kernel-internal, absent from the errno module
+
+
+class KhoSimError(Exception):
+    """Root of every error that khosim raises on purpose."""
+
+
+class InputError(KhoSimError):
+    """Bad input: one line that names the place and the cause.
+
+    ``place`` is a file, a field or an argument (``"scenario.toml: run.generations"``).
+    """
+
+    def __init__(self, place: str, cause: str) -> None:
+        self.place = place
+        self.cause = cause
+        super().__init__(f"{place}: {cause}")
+
+
+class KernelError(KhoSimError):
+    """A kernel function returned a negative errno.
+
+    ``errno`` is positive, ``symbol`` the kernel function that refused, ``detail`` says why in
+    khosim's words. ``str()`` reads like ``kho_preserve_folio: -EINVAL (overlaps scratch)``.
+    """
+
+    def __init__(self, errno: int, symbol: str, detail: str = "") -> None:
+        self.errno = errno
+        self.symbol = symbol
+        self.detail = detail
+        super().__init__(f"{symbol}: -{self.name}" + (f" ({detail})" if detail else ""))
+
+    @property
+    def name(self) -> str:
+        """The kernel's name for the errno, such as ``EADDRNOTAVAIL``."""
+        if self.errno == _ENOTSUPP:
+            return "ENOTSUPP"
+        return _errno.errorcode.get(self.errno, str(self.errno))
+
+
+class KernelPanic(KhoSimError):
+    """The modelled kernel panicked or oopsed; ``generation`` is the kernel that died."""
+
+    def __init__(self, message: str, generation: int = -1) -> None:
+        self.message = message
+        self.generation = generation
+        super().__init__(message)
+
+
+class RamFault(KhoSimError):
+    """An access to physical addresses where the machine has no RAM.
+
+    ``phys`` and ``len_bytes`` name the range asked for, in bytes.
+    """
+
+    def __init__(self, phys: int, len_bytes: int, cause: str) -> None:
+        self.phys = phys
+        self.len_bytes = len_bytes
+        super().__init__(f"RAM access [{phys:#x}-{phys + len_bytes:#x}): {cause}")
