@@ -1,0 +1,1 @@
+"""What real kernels left behind: logs, memory maps, captures."""

@@ -1,0 +1,1 @@
+"""What survives a kexec: RAM, memory map, nodes, devices."""
