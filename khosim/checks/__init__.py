@@ -1,0 +1,1 @@
+"""Invariants seen from outside, with their own decoder."""
