@@ -1,0 +1,1 @@
+"""Bytes only: the wire formats, one module per kernel header."""
