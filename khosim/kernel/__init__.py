@@ -1,0 +1,1 @@
+"""One kernel generation: it boots on a machine, runs and hands over."""
