@@ -31,6 +31,9 @@ class InputError(KhoSimError):
         self.cause = cause
         super().__init__(f"{place}: {cause}")
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:
+        return type(self), (self.place, self.cause)
+
 
 class KernelError(KhoSimError):
     """A kernel function returned a negative errno.
@@ -44,6 +47,9 @@ class KernelError(KhoSimError):
         self.symbol = symbol
         self.detail = detail
         super().__init__(f"{symbol}: -{self.name}" + (f" ({detail})" if detail else ""))
+
+    def __reduce__(self) -> tuple[type[KernelError], tuple[int, str, str]]:
+        return type(self), (self.errno, self.symbol, self.detail)
 
     @property
     def name(self) -> str:
@@ -61,6 +67,9 @@ class KernelPanic(KhoSimError):
         self.generation = generation
         super().__init__(message)
 
+    def __reduce__(self) -> tuple[type[KernelPanic], tuple[str, int]]:
+        return type(self), (self.message, self.generation)
+
 
 class RamFault(KhoSimError):
     """An access to physical addresses where the machine has no RAM.
@@ -71,4 +80,8 @@ class RamFault(KhoSimError):
     def __init__(self, phys: int, len_bytes: int, cause: str) -> None:
         self.phys = phys
         self.len_bytes = len_bytes
+        self.cause = cause
         super().__init__(f"RAM access [{phys:#x}-{phys + len_bytes:#x}): {cause}")
+
+    def __reduce__(self) -> tuple[type[RamFault], tuple[int, int, str]]:
+        return type(self), (self.phys, self.len_bytes, self.cause)

@@ -234,17 +234,22 @@ class Ram:
         if first > last:
             self._zero_part(phys, end, by)
             return
-        self._zero_part(phys, first << self.page_shift, by)
+        if phys < first << self.page_shift:
+            self._zero_part(phys, first << self.page_shift, by)
         if last - first > _SMALL_PAGES:
             if self._undo is not None:
                 self._undo.save_range(first, last)
+            touched = self._shadow.touched_runs(first, last)
             self._shadow.assign(first, last, by, False)
             self._by = None
-            self._backing.zero_pages(first, last)
+            for start, stop in touched:
+                self._backing.zero_pages(start, stop)
         else:
+            stamp = self._shadow.page_stamp(by, False)
             for pfn in range(first, last):
-                self._zero_page(pfn, by)
-        self._zero_part(last << self.page_shift, end, by)
+                self._zero_page(pfn, stamp)
+        if last << self.page_shift < end:
+            self._zero_part(last << self.page_shift, end, by)
 
     def copy(self, src: int, dst: int, len_bytes: int, by: By) -> None:
         """Copy a range as memmove does; what was never touched is not read and stays so."""
@@ -390,13 +395,13 @@ class Ram:
                 self._undo.save_page(pfn)
             self._pages[pfn] = self._stamp
 
-    def _zero_page(self, pfn: int, by: By) -> None:
+    def _zero_page(self, pfn: int, stamp: Stamp) -> None:
         if self._undo is not None:
             self._undo.save_page(pfn)
         if self._shadow.touched(pfn):
             start = pfn << self.page_shift
             self.data[start : start + self.page_size] = 0
-        self._pages[pfn] = self._shadow.page_stamp(by, False)
+        self._pages[pfn] = stamp
 
     def _zero_part(self, start: int, end: int, by: By) -> None:
         """Zero [start, end) inside one page."""
@@ -404,7 +409,7 @@ class Ram:
             return
         pfn = start >> self.page_shift
         if not self._shadow.touched(pfn):
-            self._zero_page(pfn, by)
+            self._zero_page(pfn, self._shadow.page_stamp(by, False))
             return
         self._note(start, end - start, by)
         self.data[start:end] = 0
