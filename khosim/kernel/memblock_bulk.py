@@ -85,11 +85,16 @@ def reserve_many(memblock: Memblock, starts: Addresses, ends: Addresses, noinit:
 
 
 def _one_by_one(memblock: Memblock, starts: Addresses, ends: Addresses, noinit: bool) -> None:
+    # Where the array cannot grow, each block that needs a region of its own fails, and the kernel
+    # searches all of memory again each time.
     for start, end in zip(starts, ends, strict=True):
         phys, size = int(start), int(end) - int(start)
-        memblock.memblock_reserve(phys, size)
+        error = memblock.memblock_reserve(phys, size)
         if noinit:
-            memblock.memblock_reserved_mark_noinit(phys, size)
+            error |= memblock.memblock_reserved_mark_noinit(phys, size)
+        if error and not memblock.no_room_to_grow:
+            memblock.no_room_to_grow = not memblock.has_room_to_grow(memblock.reserved)
+    memblock.no_room_to_grow = False
 
 
 def _trace(memblock: Memblock, first: U64Array, last: U64Array, noinit: bool) -> None:

@@ -50,6 +50,7 @@ class MemblockCore:
         "memory",
         "mirrored_kernelcore",
         "movable_node",
+        "no_room_to_grow",
         "on_message",
         "page_size",
         "reserved",
@@ -96,6 +97,8 @@ class MemblockCore:
         self.can_resize = False
         self.current_limit = PHYS_ADDR_MAX
         self.kho_scratch_only = False
+        self.no_room_to_grow = False
+        """Doubling has failed, and free memory only shrinks for now: do not search again."""
         self.system_has_some_mirror = False
 
     # What the kernel says
@@ -131,12 +134,14 @@ class MemblockCore:
         alloc_len_bytes = (2 * old_len_bytes + page_mask) & ~page_mask
         if array is not self.reserved:
             new_area_start = new_area_size = 0
-        limit = self.current_limit
-        addr = self._find_in_range(
-            (new_area_start + new_area_size) & PHYS_ADDR_MAX, limit, alloc_len_bytes
-        )
-        if not addr and new_area_size:
-            addr = self._find_in_range(0, min(new_area_start, limit), alloc_len_bytes)
+        addr = 0
+        if not self.no_room_to_grow:
+            limit = self.current_limit
+            addr = self._find_in_range(
+                (new_area_start + new_area_size) & PHYS_ADDR_MAX, limit, alloc_len_bytes
+            )
+            if not addr and new_area_size:
+                addr = self._find_in_range(0, min(new_area_start, limit), alloc_len_bytes)
         if not addr:
             self._say(
                 f"memblock: Failed to double {array.name} array from {array.max}"
@@ -167,6 +172,11 @@ class MemblockCore:
         if self.trace is not None:
             self.trace("memblock_double_array", (array.name, array.max), addr)
         return 0
+
+    def has_room_to_grow(self, array: RegionArray) -> bool:
+        """Whether a doubling of ``array`` would find a place, whatever is being reserved."""
+        len_bytes = (2 * array.max * REGION_LEN_BYTES + self.page_size - 1) & -self.page_size
+        return bool(self._find_in_range(0, self.current_limit, len_bytes))
 
     # Inside: one array at a time
 

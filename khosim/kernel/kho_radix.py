@@ -1,0 +1,395 @@
+"""The radix tree of preserved memory, in pages of RAM.
+
+Models ``kernel/liveupdate/kexec_handover.c:kho_radix_*`` and ``kho_encode_radix_key`` @ 7.3. The
+tree is bytes in RAM and nothing else: every call walks the tables again, and tables come from the
+page allocator, or from memblock before it is up. Errors are negative errnos, as in the kernel.
+
+The ``*_many`` and ``*_run`` calls do what the same number of single calls would, a whole array at a
+time. Left out: locks. A walk that comes back to pages it has seen, again and again (no sound tree
+has two ways to a page), is reported as a hang: the real walk would not end in useful time.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from khosim.errors import KernelPanic
+from khosim.kernel.arch import Arch
+from khosim.kernel.kho_radix_bits import first_uses, runs_of_bits
+from khosim.machine.ram import Ram
+
+__all__ = (
+    "KhoRadixTree",
+    "NodeMemory",
+    "Pfns",
+    "key_base",
+    "kho_decode_radix_key",
+    "kho_encode_radix_key",
+)
+
+Pfns = npt.NDArray[np.int64]
+_FEW_KEYS = 64
+_REPEATS_MAX = 1 << 15
+_U64 = (1 << 64) - 1
+_BIT = np.left_shift(1, np.arange(8)).astype(np.uint8)
+_WARN = "WARNING: {}: tree has no root"
+
+
+def key_base(order: int, page_shift: int) -> int:
+    """The order bit of every key of ``order``: the key of the block at address 0."""
+    shift = page_shift + order
+    return 1 << (64 - shift) if shift <= 64 else 0
+
+
+def kho_encode_radix_key(phys: int, order: int, page_shift: int) -> int:
+    """``kho_encode_radix_key``: one number for a block's address (bytes) and order."""
+    return key_base(order, page_shift) | (phys >> (page_shift + order))
+
+
+def kho_decode_radix_key(key: int, page_shift: int) -> tuple[int, int]:
+    """``kho_decode_radix_key``: ``(phys, order)`` of any 64-bit key.
+
+    The shift works as the CPU's does, by its low six bits, and drops what leaves 64 bits. Of a key
+    wider than any that can be added the order is negative, where the kernel's is unsigned.
+    """
+    shift = 65 - key.bit_length()
+    return (key << (shift & 63)) & _U64, shift - page_shift
+
+
+class NodeMemory(Protocol):
+    """Where tree nodes come from and how a kernel reaches them."""
+
+    @property
+    def ram(self) -> Ram:
+        """The machine's memory."""
+
+    @property
+    def arch(self) -> Arch:
+        """Page size and depth of the tree."""
+
+    def kho_radix_alloc_node(self) -> int:
+        """A zeroed page's physical address, or 0."""
+
+    def kho_radix_free_node(self, phys: int) -> None:
+        """Give back a page that :meth:`kho_radix_alloc_node` gave."""
+
+    def virt(self, phys: int, len_bytes: int) -> int:
+        """``phys_to_virt`` and a first access: ``phys`` again, or a panic where nothing is."""
+
+    def warn(self, message: str) -> None:
+        """``WARN``: a line of the kernel log."""
+
+    def warn_once(self, message: str, where: str) -> None:
+        """``WARN_ON_ONCE``: a line of the kernel log, once for each ``where``."""
+
+    def by(self, symbol: str) -> tuple[int, str]:
+        """The writer tag of a kernel function: (generation, symbol)."""
+
+
+class KhoRadixTree:
+    """One tree; ``root`` is the physical address of its root table in bytes, 0 without one."""
+
+    __slots__ = (
+        "_leaf_bits",
+        "_leaf_mask",
+        "_mapped",
+        "_memory",
+        "_shifts",
+        "_table_mask",
+        "_width",
+        "root",
+    )
+
+    def __init__(self, memory: NodeMemory, root: int = 0) -> None:
+        arch = memory.arch
+        table_bits = arch.page_shift - 3
+        self._memory = memory
+        self._table_mask = (1 << table_bits) - 1
+        self._leaf_bits = arch.page_shift + 3
+        self._leaf_mask = (1 << self._leaf_bits) - 1
+        self._width = 64 - arch.page_shift + 1
+        # Of the levels that are tables, from the root's down to 1.
+        self._shifts = [
+            (level - 1) * table_bits + self._leaf_bits
+            for level in range(arch.tree_depth - 1, 0, -1)
+        ]
+        self._mapped: set[int] = set()  # pages that virt() has vouched for: it never takes back
+        self.root = root
+
+    def init_tree(self, root: int = 0) -> int:
+        """``kho_radix_init_tree``: adopt the table at ``root``, or allocate an empty one."""
+        if not root:
+            root = self._memory.kho_radix_alloc_node()
+            if not root:
+                return -errno.ENOMEM
+        self.root = root
+        return 0
+
+    def _map(self, node: int, access: int) -> None:
+        # phys_to_virt(node), and an access to eight bytes at ``access`` in its page.
+        page_size = self._memory.arch.page_size
+        if node & (page_size - 1):
+            self._memory.virt(access, 8)
+        else:
+            self._memory.virt(node, page_size)
+            self._mapped.add(node)
+
+    def _find_leaf(self, key: int) -> int:
+        """The leaf page of ``key``, or 0 where a table lacks the entry."""
+        read_u64, mapped, mask = self._memory.ram.read_u64, self._mapped, self._table_mask
+        node = self.root
+        for shift in self._shifts:
+            entry = node + ((key >> shift & mask) << 3)
+            if node not in mapped:
+                self._map(node, entry)
+            node = read_u64(entry)
+            if not node:
+                return 0
+        return node
+
+    def _make_leaf(self, key: int, by: tuple[int, str]) -> int:
+        """The leaf page of ``key``, made with its tables where it is missing; 0: no memory."""
+        memory, mapped, mask = self._memory, self._mapped, self._table_mask
+        ram = memory.ram
+        node = self.root
+        anchor = 0
+        new_nodes: list[int] = []
+        for shift in self._shifts:
+            entry = node + ((key >> shift & mask) << 3)
+            if node not in mapped:
+                self._map(node, entry)
+            node = ram.read_u64(entry)
+            if node:
+                continue
+            node = memory.kho_radix_alloc_node()
+            if not node:
+                # The kernel frees the tables from the top down, then cuts the new branch off.
+                for created in new_nodes:
+                    memory.kho_radix_free_node(created)
+                if anchor:
+                    ram.write_u64(anchor, 0, by)
+                return 0
+            ram.write_u64(entry, node, by)
+            anchor = anchor or entry
+            new_nodes.append(node)
+        return node
+
+    def _word_of(self, leaf: int, key: int) -> int:
+        """The address of the bitmap word that holds the bit of ``key``."""
+        word = leaf + ((key & self._leaf_mask) >> 6 << 3)
+        if leaf not in self._mapped:
+            self._map(leaf, word)
+        return word
+
+    # -- single keys -------------------------------------------------------------------------
+
+    def add_key(self, key: int) -> int:
+        """``kho_radix_add_key``: 0, -EINVAL without a root, -ERANGE, or -ENOMEM (undone)."""
+        memory = self._memory
+        if not self.root:
+            memory.warn_once(_WARN.format("kho_radix_add_key"), "kho_radix_add_key")
+            return -errno.EINVAL
+        if key.bit_length() > self._width:
+            return -errno.ERANGE
+        by = memory.by("kho_radix_add_key")
+        leaf = self._make_leaf(key, by)
+        if not leaf:
+            return -errno.ENOMEM
+        word = self._word_of(leaf, key)
+        ram = memory.ram
+        ram.write_u64(word, ram.read_u64(word) | 1 << (key & 63), by)
+        return 0
+
+    def has_key(self, key: int) -> bool:
+        """Whether ``key`` is in the tree. The kernel has no such call; nothing is created."""
+        if not self.root or key.bit_length() > self._width:
+            return False
+        leaf = self._find_leaf(key)
+        if not leaf:
+            return False
+        return bool(self._memory.ram.read_u64(self._word_of(leaf, key)) >> (key & 63) & 1)
+
+    def del_key(self, key: int) -> None:
+        """``kho_radix_del_key``: clear the key's bit; warns when its tables do not exist."""
+        leaf = self._leaf_to_clear(key)
+        if leaf:
+            ram = self._memory.ram
+            word = self._word_of(leaf, key)
+            by = self._memory.by("kho_radix_del_key")
+            ram.write_u64(word, ram.read_u64(word) & ~(1 << (key & 63)), by)
+
+    def _leaf_to_clear(self, key: int) -> int:
+        memory = self._memory
+        if not self.root:
+            memory.warn_once(_WARN.format("kho_radix_del_key"), "kho_radix_del_key")
+            return 0
+        if key.bit_length() > self._width:
+            return 0
+        leaf = self._find_leaf(key)
+        if not leaf:
+            memory.warn(f"WARNING: kho_radix_del_key: key {key:#x} was never preserved")
+        return leaf
+
+    def destroy(self) -> None:
+        """``kho_radix_destroy_tree``: free every table, children first."""
+        if self.root:
+            self._destroy(self.root, 0, set(), [_REPEATS_MAX])
+            self.root = 0
+
+    def _destroy(self, node: int, depth: int, seen: set[int], repeats: list[int]) -> None:
+        if node in seen:
+            repeats[0] -= 1
+            if repeats[0] < 0:
+                raise self._hang("kho_radix_destroy_tree")
+        seen.add(node)
+        if depth < len(self._shifts):
+            for child in self._children(node)[1]:
+                self._destroy(child, depth + 1, seen, repeats)
+        self._memory.kho_radix_free_node(node)
+
+    # -- walking -----------------------------------------------------------------------------
+
+    def _page(self, node: int) -> npt.NDArray[np.uint8]:
+        memory = self._memory
+        page_size = memory.arch.page_size
+        return memory.ram.view(memory.virt(node, page_size), page_size)
+
+    def _children(self, node: int) -> tuple[list[int], list[int]]:
+        table = self._page(node).view("<u8")
+        used = table.nonzero()[0]
+        return used.tolist(), table[used].tolist()
+
+    def _hang(self, symbol: str) -> KernelPanic:
+        generation = self._memory.by(symbol)[0]
+        message = f"watchdog: BUG: soft lockup in {symbol}: the radix tree runs in circles"
+        return KernelPanic(message, generation)
+
+    def walk(self) -> Iterator[tuple[int, int]]:
+        """``kho_radix_walk_tree``: what its callbacks see, in its order.
+
+        Yields ``(0, phys)`` for every table and leaf page before its content, and
+        ``(nr_keys, first_key)`` for each run of consecutive keys of a leaf. Nothing without a
+        root. Raises :class:`KernelPanic` at an address without memory and for a walk without end.
+        """
+        if not self.root:
+            return
+        shifts = self._shifts
+        seen = {self.root}
+        in_page = self._memory.arch.page_size - 1  # pages may also repeat each other in part
+        repeats = 0
+        yield 0, self.root
+        # What is left of each table on the way down, the next entry last: (key, page).
+        ways = [self._entries(self.root, 0, shifts[0])]
+        while ways:
+            if not ways[-1]:
+                ways.pop()
+                continue
+            key, node = ways[-1].pop()
+            yield 0, node
+            if len(ways) < len(shifts):
+                found = self._entries(node, key, shifts[len(ways)])
+                ways.append(found)
+            else:
+                found = runs_of_bits(self._page(node), key)
+                yield from found
+            if node in seen or node & in_page:
+                repeats += 1 + len(found)
+                if repeats > _REPEATS_MAX:
+                    raise self._hang("kho_radix_walk_tree")
+            seen.add(node)
+
+    def _entries(self, node: int, start: int, shift: int) -> list[tuple[int, int]]:
+        indexes, children = self._children(node)
+        indexes.reverse()
+        children.reverse()
+        return [(start | i << shift, child) for i, child in zip(indexes, children, strict=True)]
+
+    # -- whole arrays ------------------------------------------------------------------------
+
+    def add_many(self, keys: Pfns) -> tuple[int, int]:
+        """:meth:`add_key` for each of ``keys`` (int64), in order: ``(error, keys added)``.
+
+        Stops at the first error like a caller's loop; what was added before it stays.
+        """
+        if len(keys) < _FEW_KEYS or not self.root:
+            return self._add_one_by_one(keys)
+        too_wide = (keys >> self._width).nonzero()[0]
+        if len(too_wide):
+            error, done = self.add_many(keys[: too_wide[0]])
+            return error or -errno.ERANGE, done
+        slots, first_use = first_uses(keys >> self._leaf_bits)
+        # The leaves in the order in which the loop would first touch them.
+        ram = self._memory.ram
+        by = self._memory.by("kho_radix_add_key")
+        leaf_phys = np.zeros(len(first_use), dtype=np.int64)
+        done = len(keys)
+        order = np.argsort(first_use, kind="stable")
+        firsts = first_use[order]
+        for slot, probe in zip(order.tolist(), keys[firsts].tolist(), strict=True):
+            leaf = self._make_leaf(probe, by)
+            if not leaf or leaf & (self._memory.arch.page_size - 1):
+                done = int(first_use[slot])
+                break
+            self._word_of(leaf, probe)
+            leaf_phys[slot] = leaf
+        ram.note_writes(leaf_phys[leaf_phys > 0] >> self._memory.arch.page_shift, by)
+        bits = keys[:done] & self._leaf_mask
+        np.bitwise_or.at(ram.data, leaf_phys[slots[:done]] + (bits >> 3), _BIT[bits & 7])
+        if done == len(keys):
+            return 0, done
+        if not leaf:
+            return -errno.ENOMEM, done
+        error, more = self._add_one_by_one(keys[done:])  # somebody has corrupted the tree
+        return error, done + more
+
+    def _add_one_by_one(self, keys: Pfns) -> tuple[int, int]:
+        for done, key in enumerate(keys.tolist()):
+            error = self.add_key(key)
+            if error:
+                return error, done
+        return 0, len(keys)
+
+    def add_run(self, first_key: int, nr_keys: int) -> tuple[int, int]:
+        """:meth:`add_key` for ``nr_keys`` consecutive keys: ``(error, keys added)``."""
+        for key, stop in self._leaf_spans(first_key, first_key + nr_keys):
+            error = self.add_key(key)
+            if error:
+                return error, key - first_key
+            if stop - key > 1:
+                self._fill(self._find_leaf(key), key, stop, "kho_radix_add_key")
+        return 0, nr_keys
+
+    def del_run(self, first_key: int, nr_keys: int) -> None:
+        """:meth:`del_key` for ``nr_keys`` consecutive keys; one warning for each missing leaf."""
+        for key, stop in self._leaf_spans(first_key, first_key + nr_keys):
+            leaf = self._leaf_to_clear(key)
+            if leaf:
+                self._fill(leaf, key, stop, "kho_radix_del_key")
+
+    def _leaf_spans(self, key: int, end: int) -> Iterator[tuple[int, int]]:
+        while key < end:
+            stop = min(end, (key | self._leaf_mask) + 1)
+            yield key, stop
+            key = stop
+
+    def _fill(self, leaf: int, key: int, stop: int, symbol: str) -> None:
+        memory = self._memory
+        low, high = key & self._leaf_mask, ((stop - 1) & self._leaf_mask) + 1
+        first, last = low >> 3, (high - 1) >> 3
+        at = memory.virt(leaf + first, last + 1 - first)
+        bytes_ = memory.ram.writable(at, last + 1 - first, memory.by(symbol))
+        head, tail = 0xFF << (low & 7) & 0xFF, 0xFF >> (7 - ((high - 1) & 7))
+        add = symbol == "kho_radix_add_key"
+        if first == last:
+            edges = [(0, head & tail)]
+        else:
+            edges = [(0, head), (last - first, tail)]
+            bytes_[1:-1] = 0xFF if add else 0
+        for i, mask in edges:
+            value = int(bytes_[i])
+            bytes_[i] = value | mask if add else value & ~mask & 0xFF

@@ -1,0 +1,76 @@
+"""Whole-array work on the leaves of the radix tree: runs of set bits, and keys sorted by leaf.
+
+Serves :mod:`khosim.kernel.kho_radix`, where the kernel takes one bit and one key after the other
+(``kernel/liveupdate/kexec_handover.c:kho_radix_walk_leaf`` @ 7.3). Nothing here touches RAM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ("first_uses", "runs_of_bits")
+
+Numbers = npt.NDArray[np.int64]
+_SPARSE_WORDS = 16
+_NARROW = 1 << 22
+
+
+def runs_of_bits(bitmap: npt.NDArray[np.uint8], base: int) -> list[tuple[int, int]]:
+    """``(length, base | first bit)`` of each run of set bits, ascending.
+
+    ``bitmap`` is whole 64-bit words of bytes; ``base`` has no bit in common with a bit's number.
+    """
+    words = bitmap.view("<u8")
+    used = words.nonzero()[0]
+    if len(used) <= _SPARSE_WORDS:
+        return list(_sparse_runs(used.tolist(), words[used].tolist(), base))
+    flags = np.unpackbits(words[used].view(np.uint8), bitorder="little")
+    bits = flags.view(np.bool_).nonzero()[0]
+    if len(used) < len(words):
+        bits = (used[bits >> 6] << 6) | (bits & 63)
+    after_gap = (bits[1:] - bits[:-1] != 1).nonzero()[0] + 1
+    edges = np.empty(len(after_gap) + 2, dtype=np.int64)
+    edges[0], edges[1:-1], edges[-1] = 0, after_gap, len(bits)
+    firsts = bits[edges[:-1]]
+    counts = edges[1:] - edges[:-1]
+    return list(zip(counts.tolist(), (firsts | base).tolist(), strict=True))
+
+
+def _sparse_runs(indexes: list[int], words: list[int], base: int) -> Iterator[tuple[int, int]]:
+    start = count = 0
+    for index, word in zip(indexes, words, strict=True):
+        at = index << 6
+        while word:
+            skip = (word & -word).bit_length() - 1
+            word >>= skip
+            at += skip
+            ones = (~word & (word + 1)).bit_length() - 1
+            if count and start + count == at:
+                count += ones
+            else:
+                if count:
+                    yield count, base | start
+                start, count = at, ones
+            word >>= ones
+            at += ones
+    if count:
+        yield count, base | start
+
+
+def first_uses(groups: Numbers) -> tuple[Numbers, Numbers]:
+    """Number the distinct values of ``groups``: (number of each, index of each one's first)."""
+    low = int(groups.min())
+    spread = int(groups.max()) - low + 1
+    if spread > _NARROW:
+        _, first_use, numbers = np.unique(groups, return_index=True, return_inverse=True)
+        return numbers, first_use
+    offsets = groups - low
+    first_seen = np.full(spread, -1, dtype=np.int64)
+    first_seen[offsets[::-1]] = np.arange(len(groups) - 1, -1, -1, dtype=np.int64)
+    used = (first_seen >= 0).nonzero()[0]
+    number_of = np.empty(spread, dtype=np.int64)
+    number_of[used] = np.arange(len(used), dtype=np.int64)
+    return number_of[offsets], first_seen[used]
