@@ -1,0 +1,103 @@
+"""The calls of KHO that its users make, on a kernel.
+
+Models the exported functions of ``kernel/liveupdate/kexec_handover.c`` @ 7.3 under their names;
+:mod:`~khosim.kernel.kho_out`, :mod:`~khosim.kernel.kho_in` and :mod:`~khosim.kernel.kho` do the
+work. Each refuses on a kernel that has jumped. Left out: ``kho_preserve_vmalloc`` and friends.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from khosim.errors import KhoSimError
+
+if TYPE_CHECKING:
+    from khosim.kernel.kho_in import KhoIn
+    from khosim.kernel.kho_out import KhoOut
+    from khosim.kernel.kho_radix import Pfns
+    from khosim.kernel.page import Folio
+
+__all__ = ("KhoCalls",)
+
+
+class KhoCalls:
+    """KHO as its users see it; a base of :class:`~khosim.kernel.kernel.Kernel`."""
+
+    __slots__ = ()
+
+    alive: bool
+    generation: int
+    kho_in: KhoIn
+    kho_out: KhoOut
+
+    def check_alive(self) -> None:
+        """Raise where a user holds on to a kernel that has jumped or died."""
+        if not self.alive:
+            raise KhoSimError(
+                f"generation {self.generation} has handed over: ask its successor instead"
+            )
+
+    @property
+    def is_kho_boot(self) -> bool:
+        """``is_kho_boot``: whether this kernel took a handover over."""
+        return bool(self.kho_in.fdt_phys)
+
+    def kho_preserve_folio(self, folio: Folio) -> None:
+        """``kho_preserve_folio``; see :meth:`KhoOut.preserve_folio`."""
+        self.check_alive()
+        self.kho_out.preserve_folio(folio.pfn, folio.order)
+
+    def kho_preserve_folios(self, pfns: Pfns, order: int = 0) -> None:
+        """Many folios of one order at once; see :meth:`KhoOut.preserve_folios`."""
+        self.check_alive()
+        self.kho_out.preserve_folios(pfns, order)
+
+    def kho_unpreserve_folio(self, folio: Folio) -> None:
+        """``kho_unpreserve_folio``; see :meth:`KhoOut.unpreserve_folio`."""
+        self.check_alive()
+        self.kho_out.unpreserve_folio(folio.pfn, folio.order)
+
+    def kho_preserve_pages(self, pfn: int, nr_pages: int) -> None:
+        """``kho_preserve_pages``; see :meth:`KhoOut.preserve_pages`."""
+        self.check_alive()
+        self.kho_out.preserve_pages(pfn, nr_pages)
+
+    def kho_unpreserve_pages(self, pfn: int, nr_pages: int) -> None:
+        """``kho_unpreserve_pages``; see :meth:`KhoOut.unpreserve_pages`."""
+        self.check_alive()
+        self.kho_out.unpreserve_pages(pfn, nr_pages)
+
+    def kho_alloc_preserve(self, size_bytes: int) -> Folio:
+        """``kho_alloc_preserve``; see :meth:`KhoOut.alloc_preserve`."""
+        self.check_alive()
+        return self.kho_out.alloc_preserve(size_bytes)
+
+    def kho_unpreserve_free(self, folio: Folio) -> None:
+        """``kho_unpreserve_free``; see :meth:`KhoOut.unpreserve_free`."""
+        self.check_alive()
+        self.kho_out.unpreserve_free(folio)
+
+    def kho_add_subtree(self, name: str, phys: int, size_bytes: int) -> None:
+        """``kho_add_subtree``; see :meth:`KhoOut.add_subtree`."""
+        self.check_alive()
+        self.kho_out.add_subtree(name, phys, size_bytes)
+
+    def kho_remove_subtree(self, phys: int) -> None:
+        """``kho_remove_subtree``; see :meth:`KhoOut.remove_subtree`."""
+        self.check_alive()
+        self.kho_out.remove_subtree(phys)
+
+    def kho_retrieve_subtree(self, name: str) -> tuple[int, int]:
+        """``kho_retrieve_subtree``; see :meth:`KhoIn.retrieve_subtree`."""
+        self.check_alive()
+        return self.kho_in.retrieve_subtree(name)
+
+    def kho_restore_pages(self, phys: int, nr_pages: int) -> int | None:
+        """``kho_restore_pages``; see :meth:`KhoIn.restore_pages`."""
+        self.check_alive()
+        return self.kho_in.restore_pages(phys, nr_pages)
+
+    def kho_restore_free(self, phys: int) -> None:
+        """``kho_restore_free``; see :meth:`KhoIn.restore_free`."""
+        self.check_alive()
+        self.kho_in.restore_free(phys)

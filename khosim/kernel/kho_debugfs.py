@@ -1,0 +1,115 @@
+"""What user space sees of KHO under ``/sys/kernel/debug/kho``.
+
+Models ``kernel/liveupdate/kexec_handover_debugfs.c`` @ 7.3 with its quirks: a blob's size is fixed
+when its file is made, so ``out/fdt`` stays cut to its size at boot while the FDT grows, and a
+kernel that booted through KHO has no ``out/fdt`` at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+from khosim.abi import fdt
+
+if TYPE_CHECKING:
+    from khosim.kernel.kernel import Kernel
+
+__all__ = ("KhoDebugfs",)
+
+_NAME_MAX = 255
+_MAX_RW_COUNT = 0x7FFFF000
+"""What one ``read`` gives at most."""
+
+
+class KhoDebugfs:
+    """The files of one kernel; ``read`` answers with what their bytes in RAM are now."""
+
+    __slots__ = ("_blobs", "_kernel", "_open")
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._blobs: dict[str, tuple[int, int]] = {}
+        self._open = False
+
+    def open(self) -> None:
+        """``kho_debugfs_init`` and ``kho_out_debugfs_init``."""
+        self._open = True
+
+    def blob_add(
+        self, side: str, name: str, phys: int, size_bytes: int, *, root: bool = False
+    ) -> int:
+        """``kho_debugfs_blob_add``: 0, or the negative errno for a name that no file can have.
+
+        The root FDT (``root``) lies beside the folder ``sub_fdts`` of all others.
+        """
+        path = f"{side}/{name}" if root else f"{side}/sub_fdts/{name}"
+        if name in ("", ".", "..") or "/" in name:
+            return -errno.EACCES
+        if len(name) > _NAME_MAX:
+            return -errno.ENAMETOOLONG
+        if path in self._blobs:
+            self._kernel.printk(f"debugfs: '{name}' already exists in '{path.split('/')[-2]}'")
+            return -errno.EEXIST
+        self._blobs[path] = (phys, size_bytes)
+        return 0
+
+    def blob_remove(self, side: str, phys: int) -> None:
+        """``kho_debugfs_blob_remove``: the file of the blob at ``phys``."""
+        for path, (blob_phys, _) in reversed(self._blobs.items()):  # the newest one first
+            if path.startswith(f"{side}/") and blob_phys == phys:
+                del self._blobs[path]
+                return
+
+    def in_init(self, tree: memoryview) -> None:
+        """``kho_in_debugfs_init``: one file per subtree of the predecessor that is sound."""
+        kernel = self._kernel
+        release = kernel.release
+        fdt_phys = kernel.kho_in.fdt_phys
+        self.blob_add("in", "fdt", fdt_phys, fdt.fdt_totalsize(tree), root=True)
+        child = fdt.fdt_first_subnode(tree, 0)
+        while child >= 0:
+            raw, _ = fdt.fdt_get_name(tree, child)
+            name = bytes(raw or b"").decode("ascii", "backslashreplace")
+            phys, length = fdt.fdt_getprop(tree, child, release.subtree_phys_prop)
+            size, size_length = fdt.fdt_getprop(tree, child, release.subtree_size_prop)
+            if phys is not None and length != 8:
+                kernel.printk(
+                    f"KHO: node {name} prop {release.subtree_phys_prop} has invalid length: "
+                    f"{length}"
+                )
+            elif phys is not None and (size is None or size_length != 8):
+                kernel.printk(
+                    f"KHO: node {name} missing or invalid {release.subtree_size_prop} property"
+                )
+            elif phys is not None and size is not None:
+                where = struct.unpack("<Q", phys)[0], struct.unpack("<Q", size)[0]
+                error = self.blob_add("in", name, *where)
+                if error:
+                    kernel.printk(
+                        f"KHO: failed to add blob {name} to debugfs: -{errno.errorcode[-error]}"
+                    )
+            child = fdt.fdt_next_subnode(tree, child)
+
+    def files(self) -> list[str]:
+        """Paths below ``kho/``, sorted; empty while KHO is off."""
+        if not self._open:
+            return []
+        return sorted(["out/scratch_len", "out/scratch_phys", *self._blobs])
+
+    def read(self, path: str, len_bytes: int = _MAX_RW_COUNT) -> bytes:
+        """The first ``len_bytes`` of a file; ``KeyError`` for one that :meth:`files` does not list.
+
+        A blob whose address or size lies leads out of the direct map: the reader takes the fault,
+        a :class:`~khosim.errors.KernelPanic`.
+        """
+        kernel = self._kernel
+        if path in ("out/scratch_phys", "out/scratch_len") and self._open:
+            column = 0 if path.endswith("phys") else 1
+            return "".join(f"{area[column]:#x}\n" for area in kernel.scratch_areas()).encode()
+        phys, size_bytes = self._blobs[path]
+        size_bytes = min(size_bytes, len_bytes)
+        if not size_bytes:
+            return b""
+        return kernel.ram.read(kernel.virt(phys, size_bytes), size_bytes)

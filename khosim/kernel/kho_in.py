@@ -1,0 +1,397 @@
+"""KHO, the incoming side: finding, checking and taking over a predecessor's handover.
+
+Models ``kernel/liveupdate/kexec_handover.c`` @ 7.3: ``kho_populate``, ``kho_memory_init_early``,
+``kho_mem_retrieve``, ``kho_preserved_memory_reserve``, ``kho_restore_folio``,
+``kho_restore_pages``, ``kho_restore_free``, ``kho_retrieve_subtree`` and
+``kho_in_kexec_metadata``, with the kernel's messages. Whatever the bytes say ends in an outcome of
+the kernel's: a refusal, a warning, a boot without handover, or a panic.
+
+Left out: vmalloc areas, KASAN and allocation tags.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+from khosim.abi import fdt
+from khosim.abi.kexec_metadata import (
+    KEXEC_METADATA_BYTES,
+    KHO_KEXEC_METADATA_VERSION,
+    KHO_METADATA_NODE_NAME,
+    unpack_kexec_metadata,
+)
+from khosim.errors import KernelError, KernelPanic
+from khosim.kernel.early_ioremap import early_fault, early_memremap
+from khosim.kernel.kho_out import int_shift
+from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
+from khosim.kernel.kho_scratch import kho_extend_scratch, read_scratch_array
+from khosim.kernel.page_map import INCOMING, PageState
+
+if TYPE_CHECKING:
+    from khosim.kernel.kernel import Kernel
+
+__all__ = ("FDT_MAX_BYTES", "KHO_PAGE_MAGIC", "KhoIn")
+
+KHO_PAGE_MAGIC = 0x4B484F50
+_U64_LE = struct.Struct("<Q")
+FDT_MAX_BYTES = 1 << 20
+"""Of a handover's FDT no more is looked at, whatever size it claims; the kernel writes a page."""
+_INT_MAX = (1 << 31) - 1
+_U32 = (1 << 32) - 1
+_U64 = (1 << 64) - 1
+_MAX_ORDER = 40
+"""Orders above are no block of any machine: the loop over their pages does not end."""
+_HANG_PAGES = 1 << 34
+"""Struct pages a loop may visit before the model calls it a hang (minutes on real hardware)."""
+
+
+class KhoIn:
+    """``struct kho_in``: ``fdt_phys`` and ``scratch_phys`` are 0 unless a handover was taken."""
+
+    __slots__ = (
+        "_kernel",
+        "_states",
+        "fdt_phys",
+        "kexec_count",
+        "previous_release",
+        "restored",
+        "scratch_phys",
+        "tree",
+    )
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._states: dict[int, PageState] = {}
+        self.fdt_phys = 0
+        self.scratch_phys = 0
+        self.previous_release = ""
+        self.kexec_count = 0
+        self.tree = KhoRadixTree(kernel)
+        self.restored: list[tuple[int, int]] = []
+        """``(pfn, order)`` of every block that was restored, in order."""
+
+    # -- early boot -----------------------------------------------------------------------------
+
+    def populate(self, fdt_phys: int, fdt_len: int, scratch_phys: int, scratch_len: int) -> None:
+        """``kho_populate``: accept the handover, or say why not and boot without it."""
+        kernel = self._kernel
+        if self._populate(fdt_phys, fdt_len, scratch_phys, scratch_len):
+            kernel.printk("KHO: found kexec handover data.")
+        else:
+            kernel.printk("KHO: disabling KHO revival")
+        if kernel.trace is not None:
+            args = {"fdt_phys": fdt_phys, "scratch_phys": scratch_phys, "scratch_len": scratch_len}
+            kernel.emit("kho_populate", args, bool(self.fdt_phys))
+
+    def _populate(self, fdt_phys: int, fdt_len: int, scratch_phys: int, scratch_len: int) -> bool:
+        kernel = self._kernel
+        printk = kernel.printk
+        tree = early_memremap(kernel, fdt_phys, fdt_len)
+        if tree is None:
+            printk(f"KHO: setup: failed to memremap FDT ({fdt_phys:#x})")
+            return False
+        error = self._mapped(tree, fdt_phys, fdt.fdt_check_header(tree, addr=fdt_phys))
+        if error:
+            printk(f"KHO: setup: handover FDT ({fdt_phys:#x}) is invalid: {error}")
+            return False
+        compatible = kernel.release.kho_compatible
+        error = fdt.fdt_node_check_compatible(tree, 0, compatible)
+        error = self._mapped(tree, fdt_phys, error)
+        if error:
+            printk(
+                f"KHO: setup: handover FDT ({fdt_phys:#x}) is incompatible with "
+                f"'{compatible}': {error}"
+            )
+            return False
+        if not self._mem_map_phys(tree, fdt_phys):
+            return False
+        array = early_memremap(kernel, scratch_phys, scratch_len)
+        if array is None:
+            printk(
+                f"KHO: setup: failed to memremap scratch (phys={scratch_phys:#x}, "
+                f"len={_signed(scratch_len)})"
+            )
+            return False
+        memblock = kernel.memblock
+        # The kernel counts the entries, like the pages it maps, in 32 bits.
+        scratch_cnt = (scratch_len >> 4) & _U32
+        areas = read_scratch_array(bytes(array[: scratch_cnt << 4]))
+        for addr, size in areas:
+            memblock.memblock_add(addr, size)
+            error = memblock.memblock_mark_kho_scratch(addr, size)
+            if error:
+                name = errno.errorcode.get(-error, str(error))
+                printk(f"KHO: failed to mark the scratch region {addr:#x}+{size:#x}: -{name}")
+                return False
+        memblock.memblock_reserve(scratch_phys, scratch_len)
+        memblock.memblock_set_kho_scratch_only()
+        self.fdt_phys = fdt_phys
+        self.scratch_phys = scratch_phys
+        kernel.kho_scratch_cnt = scratch_cnt
+        return True
+
+    def _mapped(self, tree: memoryview, phys: int, result: int) -> int:
+        # libfdt trusts the header's size. Where that is more than the kernel has mapped, reading on
+        # is a fault, and not the error that an honest size would have been.
+        if result == -fdt.FDT_ERR_TRUNCATED and (
+            len(tree) < 40 or len(tree) < fdt.fdt_totalsize(tree) < _INT_MAX
+        ):
+            raise early_fault(self._kernel, phys + len(tree), "handover FDT")
+        return result
+
+    def _mem_map_phys(self, tree: memoryview, phys: int) -> int:
+        # kho_get_mem_map_phys
+        value, length = fdt.fdt_getprop(tree, 0, self._kernel.release.memory_map_prop)
+        self._mapped(tree, phys, length)
+        if value is None or length != 8:
+            self._kernel.printk("KHO: failed to get preserved memory map")
+            return 0
+        return int(_U64_LE.unpack(value)[0])
+
+    def fdt(self) -> memoryview | None:
+        """``kho_get_fdt``: the predecessor's root FDT, or None without a handover."""
+        if not self.fdt_phys:
+            return None
+        return self._kernel.fdt_at(self.fdt_phys)[:FDT_MAX_BYTES]
+
+    def memory_init_early(self) -> None:
+        """``kho_memory_init_early``: open the predecessor's tree and extend scratch."""
+        kernel = self._kernel
+        tree = self.fdt()
+        if tree is None:
+            return
+        mem_map = self._mem_map_phys(tree, self.fdt_phys)
+        if not mem_map:
+            kernel.warn("WARNING: kho_memory_init_early: no memory map")
+            self.fdt_phys = self.scratch_phys = 0
+            return
+        kernel.kho_scratch_phys = self.scratch_phys
+        self.tree.init_tree(mem_map)
+        if kernel.release.scratch_extension:
+            kho_extend_scratch(kernel.memblock, kernel, self.tree, kernel.printk)
+        if kernel.trace is not None:
+            kernel.emit("kho_memory_init_early", {"mem_map": mem_map}, None)
+
+    def mem_retrieve(self) -> None:
+        """``kho_mem_retrieve``: reserve everything that the predecessor preserved."""
+        if not self.tree.root:
+            # kho_radix_walk_tree refuses a tree without root; KHO users see a cold boot.
+            self._kernel.warn("WARNING: kho_radix_walk_tree: tree has no root")
+            self.fdt_phys = 0
+            return
+        runs: list[tuple[int, int, int]] = []
+        struct_pages_exist = self._kernel.struct_pages_exist
+        shift = self._kernel.arch.page_shift
+        for nr_keys, key in self.tree.walk():
+            if nr_keys:
+                for run in self._decode_run(key, nr_keys):
+                    phys, order, nr_blocks = run
+                    if not 0 <= order <= _MAX_ORDER or not struct_pages_exist(
+                        phys >> shift, nr_blocks << order
+                    ):
+                        self._check_hostile(phys, order, nr_blocks)
+                    runs.append(run)
+        self._reserve(runs)
+
+    def _decode_run(self, key: int, nr_keys: int) -> list[tuple[int, int, int]]:
+        # (phys, order, blocks); consecutive keys are neighbours unless they cross an order.
+        shift = self._kernel.arch.page_shift
+        if (key + nr_keys - 1).bit_length() == key.bit_length():
+            phys, order = kho_decode_radix_key(key, shift)
+            return [(phys, order, nr_keys)]
+        decoded = (kho_decode_radix_key(one, shift) for one in range(key, key + nr_keys))
+        return [(phys, order, 1) for phys, order in decoded]
+
+    def _reserve(self, runs: list[tuple[int, int, int]]) -> None:
+        # kho_preserved_memory_reserve for every key, in the walk's order.
+        kernel = self._kernel
+        shift = kernel.arch.page_shift
+        starts, ends = [], []
+        plain: list[tuple[int, int, PageState]] = []
+        covered_to = -1
+        overlapping = False
+        for phys, order, nr_blocks in runs:
+            pfn = phys >> shift
+            end_pfn = pfn + (nr_blocks << order)
+            starts.append(phys)
+            ends.append(end_pfn << shift)
+            plain.append((pfn, end_pfn, self._state(order)))
+        kernel.memblock.memblock_reserve_many(starts, ends)
+        by_start = sorted(plain, key=lambda run: run[0])
+        for start_pfn, end_pfn, _ in by_start:
+            overlapping |= start_pfn < covered_to
+            covered_to = max(covered_to, end_pfn)
+        if not overlapping:
+            kernel.pages.pages.add_many(plain)
+        else:
+            # Blocks of a hostile tree. Keys come with falling orders, so the head of an older block
+            # is one of the newer as well where both hold its page: the newer just wins.
+            for start_pfn, end_pfn, state in plain:
+                kernel.pages.pages.set(start_pfn, end_pfn, state)
+        if kernel.trace is not None:
+            for (phys, order, nr_blocks), _ in zip(runs, plain, strict=True):
+                args = {"phys": phys, "order": order, "nr_blocks": nr_blocks}
+                kernel.emit("kho_preserved_memory_reserve", args, None)
+
+    def _state(self, order: int) -> PageState:
+        state = self._states.get(order)
+        if state is None:
+            state = self._states[order] = PageState(INCOMING, order, False, "predecessor")
+        return state
+
+    def _check_hostile(self, phys: int, order: int, nr_blocks: int) -> None:
+        # init_deferred_page touches the struct page of every page from first_deferred_pfn on, and
+        # page->private that of the head: a page fault where the section has none.
+        kernel = self._kernel
+        pfn = phys >> kernel.arch.page_shift
+        if not 0 <= order <= _MAX_ORDER or (nr_blocks << order) > _HANG_PAGES:
+            raise KernelPanic(
+                f"kho_preserved_memory_reserve: key for {phys:#x} has impossible order {order}: "
+                "the kernel faults or hangs on its struct pages",
+                kernel.generation,
+            )
+        head = pfn
+        for _ in range(nr_blocks):
+            first_bad = kernel.first_missing_struct_page(head, head + (1 << order))
+            if first_bad == head or (
+                first_bad is not None and not kernel.early_page_initialised(first_bad)
+            ):
+                raise KernelPanic(
+                    "BUG: unable to handle page fault for address: struct page of pfn "
+                    f"{first_bad:#x} in kho_preserved_memory_reserve",
+                    kernel.generation,
+                )
+            head += 1 << order
+
+    # -- restoring ------------------------------------------------------------------------------
+
+    def _restore_page(self, phys: int, is_folio: bool, symbol: str) -> tuple[int, int] | None:
+        # kho_restore_page: (pfn, order), or None where the kernel returns NULL.
+        kernel = self._kernel
+        pages = kernel.pages.pages
+        pfn = phys >> kernel.arch.page_shift
+        if not kernel.pfn_to_online_page(pfn):
+            return None
+        private = pages.page_private(pfn, KHO_PAGE_MAGIC)
+        if private >> 32 != KHO_PAGE_MAGIC:
+            kernel.warn_once(f"WARNING: kho_restore_page: no magic at {phys:#x}", "kho_magic")
+            return None
+        order = private & 0xFFFFFFFF
+        nr_pages = int_shift(order)
+        if nr_pages < 0:
+            raise KernelPanic(
+                f"BUG: unable to handle page fault: kho_restore_page of order {order} at "
+                f"{phys:#x}: 1 << order is negative",
+                kernel.generation,
+            )
+        if order > kernel.arch.max_page_order and not kernel.struct_pages_exist(pfn, nr_pages):
+            raise KernelPanic(
+                "BUG: unable to handle page fault for address: struct pages of order "
+                f"{order} at {phys:#x} in kho_restore_page",
+                kernel.generation,
+            )
+        state = kernel.pages.restored_state(order if is_folio else 0, is_folio and order > 0)
+        kept = {
+            other: value for other, value in pages.private.items() if pfn < other < pfn + nr_pages
+        }
+        pages.set(pfn, pfn + nr_pages, state)
+        pages.private.update(kept)
+        kernel.pages.adjust_managed_page_count(pfn, nr_pages)
+        self.restored.append((pfn, order))
+        if kernel.trace is not None:
+            kernel.emit(symbol, {"phys": phys, "order": order}, pfn)
+        return pfn, order
+
+    def restore_folio(self, phys: int) -> tuple[int, int] | None:
+        """``kho_restore_folio``: ``(pfn, order)`` of the folio at ``phys``, None on refusal."""
+        return self._restore_page(phys, True, "kho_restore_folio")
+
+    def restore_pages(self, phys: int, nr_pages: int) -> int | None:
+        """``kho_restore_pages``: the first pfn of a range of order-0 pages, None on refusal.
+
+        Blocks before the refused one stay restored. The blocks are computed without regard for
+        nodes, unlike those of ``kho_preserve_pages``.
+        """
+        shift = self._kernel.arch.page_shift
+        start_pfn = phys >> shift
+        pfn, end_pfn = start_pfn, start_pfn + nr_pages
+        while pfn < end_pfn:
+            trailing = (pfn & -pfn).bit_length() - 1
+            order = min(trailing, (end_pfn - pfn).bit_length() - 1)
+            if self._restore_page(pfn << shift, False, "kho_restore_pages") is None:
+                return None
+            pfn = (pfn + int_shift(order)) & _U64
+        return start_pfn
+
+    def restore_free(self, phys: int) -> None:
+        """``kho_restore_free``: take a folio over and free it at once."""
+        restored = self.restore_folio(phys)
+        if restored is None:
+            self._kernel.warn(f"WARNING: kho_restore_free: nothing to restore at {phys:#x}")
+        else:
+            self._kernel.pages.free_pages(*restored)
+
+    # -- subtrees -------------------------------------------------------------------------------
+
+    def retrieve_subtree(self, name: str) -> tuple[int, int]:
+        """``kho_retrieve_subtree``: ``(phys, size in bytes)`` of the blob called ``name``.
+
+        Raises -ENOENT without a handover or without the node, -EINVAL for a broken node.
+        """
+        kernel = self._kernel
+        release = kernel.release
+        symbol = "kho_retrieve_subtree"
+        tree = self.fdt()
+        if tree is None:
+            raise KernelError(errno.ENOENT, symbol, "not a KHO boot")
+        offset = fdt.fdt_subnode_offset(tree, 0, name)
+        if offset < 0:
+            raise KernelError(errno.ENOENT, symbol, f"no subtree {name!r}")
+        value, length = fdt.fdt_getprop(tree, offset, release.subtree_phys_prop)
+        if value is None or length != 8:
+            raise KernelError(errno.EINVAL, symbol, f"{name}: {release.subtree_phys_prop}")
+        phys = int(_U64_LE.unpack(value)[0])
+        value, length = fdt.fdt_getprop(tree, offset, release.subtree_size_prop)
+        if value is None or length != 8:
+            kernel.printk(
+                f"KHO: broken KHO subnode '{name}': missing or invalid "
+                f"{release.subtree_size_prop} property"
+            )
+            raise KernelError(errno.EINVAL, symbol, f"{name}: {release.subtree_size_prop}")
+        return phys, int(_U64_LE.unpack(value)[0])
+
+    def kexec_metadata(self) -> None:
+        """``kho_in_kexec_metadata``: who handed over, and after how many handovers."""
+        kernel = self._kernel
+        try:
+            phys, size_bytes = self.retrieve_subtree(KHO_METADATA_NODE_NAME)
+        except KernelError:
+            return
+        if size_bytes < 4:
+            kernel.printk(f"KHO: kexec-metadata blob too small ({size_bytes} bytes)")
+            return
+        kernel.virt(phys, 4)
+        version = kernel.ram.read_u32(phys)
+        if version != KHO_KEXEC_METADATA_VERSION:
+            kernel.printk(
+                f"KHO: kexec-metadata version {version} not supported "
+                f"(expected {KHO_KEXEC_METADATA_VERSION})"
+            )
+            return
+        if size_bytes < KEXEC_METADATA_BYTES:
+            kernel.printk(
+                f"KHO: kexec-metadata blob too small for v{version} "
+                f"({size_bytes} < {KEXEC_METADATA_BYTES})"
+            )
+            return
+        kernel.virt(phys, KEXEC_METADATA_BYTES)
+        metadata = unpack_kexec_metadata(kernel.ram.read(phys, KEXEC_METADATA_BYTES))
+        self.previous_release = metadata.previous_release
+        self.kexec_count = metadata.kexec_count
+        kernel.printk(f"KHO: exec from: {self.previous_release} (count {self.kexec_count})")
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

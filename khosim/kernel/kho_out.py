@@ -1,0 +1,294 @@
+"""KHO, the outgoing side: what this kernel preserves for its successor.
+
+Models ``kernel/liveupdate/kexec_handover.c`` @ 7.3: ``kho_preserve_*``, ``kho_unpreserve_*``,
+``kho_alloc_preserve``, ``kho_unpreserve_free``, ``kho_add_subtree``, ``kho_remove_subtree``,
+``kho_out_fdt_setup`` and ``kho_out_kexec_metadata``. Refusals raise
+:class:`~khosim.errors.KernelError` with the kernel's errno. Left out: locks.
+
+As in the kernel, ``1 << order`` is a C int in the loops over page ranges: from order 31 on (blocks
+of 8 TiB with 4 KiB pages) the step is wrong. Shift counts wrap at 32 as the CPUs do it.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from khosim.abi import fdt
+from khosim.abi.kexec_metadata import KHO_METADATA_NODE_NAME, pack_kexec_metadata
+from khosim.errors import KernelError, KernelPanic
+from khosim.kernel.kho_radix import KhoRadixTree, Pfns, key_base, kho_encode_radix_key
+
+if TYPE_CHECKING:
+    from khosim.kernel.kernel import Kernel
+    from khosim.kernel.page import Folio
+
+__all__ = ("KhoOut",)
+
+_U64_LE = struct.Struct("<Q")
+
+
+def int_shift(order: int) -> int:
+    """``1 << order`` as a C int that is added to an unsigned long."""
+    step = 1 << (order & 31)
+    return step - (1 << 32) if step >> 31 else step
+
+
+class KhoOut:
+    """``struct kho_out``: ``fdt_phys`` is the root FDT's page, ``tree`` the preserved memory."""
+
+    __slots__ = ("_kernel", "fdt_phys", "tree")
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self.tree = KhoRadixTree(kernel)
+        self.fdt_phys = 0
+
+    # -- the root FDT ---------------------------------------------------------------------------
+
+    def fdt_setup(self) -> int:
+        """``kho_out_fdt_setup``: write the root FDT; libfdt's errors or-ed together."""
+        kernel = self._kernel
+        page_size = kernel.arch.page_size
+        buf = kernel.ram.writable_mv(self.fdt_phys, page_size, kernel.by("kho_out_fdt_setup"))
+        error = fdt.fdt_create(buf, page_size)
+        error |= fdt.fdt_finish_reservemap(buf)
+        error |= fdt.fdt_begin_node(buf, "")
+        error |= fdt.fdt_property_string(buf, "compatible", kernel.release.kho_compatible)
+        root = _U64_LE.pack(self.tree.root)
+        error |= fdt.fdt_property(buf, kernel.release.memory_map_prop, root)
+        error |= fdt.fdt_end_node(buf)
+        error |= fdt.fdt_finish(buf)
+        return error
+
+    def _root_fdt(self, symbol: str, page_size: int) -> memoryview:
+        if not self.fdt_phys:
+            # Callers are to ask kho_is_enabled first.
+            raise KernelPanic(
+                f"BUG: kernel NULL pointer dereference: {symbol} without a root FDT",
+                self._kernel.generation,
+            )
+        return self._kernel.ram.writable_mv(self.fdt_phys, page_size, self._kernel.by(symbol))
+
+    def kexec_metadata(self, kexec_count: int) -> int:
+        """``kho_out_kexec_metadata``: tell the successor who this is; 0 or a negative errno."""
+        kernel = self._kernel
+        blob = pack_kexec_metadata(kernel.release.uname, kexec_count)
+        try:
+            folio = self.alloc_preserve(len(blob))
+        except KernelError as refused:
+            return -refused.errno
+        kernel.ram.write(folio.phys, blob, kernel.by("kho_out_kexec_metadata"))
+        try:
+            self.add_subtree(KHO_METADATA_NODE_NAME, folio.phys, len(blob))
+        except KernelError as refused:
+            self.unpreserve_free(folio)
+            return -refused.errno
+        return 0
+
+    def add_subtree(self, name: str, phys: int, size_bytes: int) -> None:
+        """``kho_add_subtree``: record the blob at ``phys`` under ``name`` in the root FDT.
+
+        Raises -EEXIST for a name in use and -ENOMEM when the FDT's page is full (or unusable).
+        """
+        kernel = self._kernel
+        release = kernel.release
+        page_size = kernel.arch.page_size
+        buf = self._root_fdt("kho_add_subtree", page_size)
+        if fdt.fdt_open_into(buf, buf, page_size) < 0:
+            raise KernelError(errno.ENOMEM, "kho_add_subtree", "the root FDT is damaged")
+        error = errno.ENOMEM
+        offset = fdt.fdt_add_subnode(buf, 0, name)
+        if offset >= 0:
+            failed = fdt.fdt_setprop(
+                buf, offset, release.subtree_phys_prop, _U64_LE.pack(phys)
+            ) < 0 or (
+                bool(release.subtree_size_prop)
+                and fdt.fdt_setprop(
+                    buf, offset, release.subtree_size_prop, _U64_LE.pack(size_bytes)
+                )
+                < 0
+            )
+            if failed:
+                fdt.fdt_del_node(buf, offset)
+            else:
+                error = 0
+                if kernel.debugfs.blob_add("out", name, phys, size_bytes):
+                    kernel.warn_once(
+                        "WARNING: kho_add_subtree: the blob is not in debugfs", "kho_add_subtree"
+                    )
+        elif offset == -fdt.FDT_ERR_EXISTS:
+            error = errno.EEXIST
+        fdt.fdt_pack(buf)
+        if kernel.trace is not None:
+            kernel.emit("kho_add_subtree", {"name": name, "phys": phys, "size": size_bytes}, -error)
+        if error:
+            raise KernelError(error, "kho_add_subtree", f"subtree {name!r}")
+
+    def remove_subtree(self, phys: int) -> None:
+        """``kho_remove_subtree``: drop the node whose blob lies at ``phys``, if there is one."""
+        kernel = self._kernel
+        page_size = kernel.arch.page_size
+        buf = self._root_fdt("kho_remove_subtree", page_size)
+        if fdt.fdt_open_into(buf, buf, page_size) < 0:
+            return
+        wanted = _U64_LE.pack(phys)
+        offset = fdt.fdt_first_subnode(buf, 0)
+        while offset >= 0:
+            value, _ = fdt.fdt_getprop(buf, offset, kernel.release.subtree_phys_prop)
+            if value is not None and bytes(value) == wanted:
+                fdt.fdt_del_node(buf, offset)
+                kernel.debugfs.blob_remove("out", phys)
+                break
+            offset = fdt.fdt_next_subnode(buf, offset)
+        fdt.fdt_pack(buf)
+        if kernel.trace is not None:
+            kernel.emit("kho_remove_subtree", {"phys": phys}, None)
+
+    # -- preserving -----------------------------------------------------------------------------
+
+    def preserve_folio(self, pfn: int, order: int) -> None:
+        """``kho_preserve_folio``: raises -EINVAL (DEBUG, in scratch), -ENOMEM or -ERANGE."""
+        kernel = self._kernel
+        self._check_debug("kho_preserve_folio", pfn, 1 << order)
+        key = kho_encode_radix_key(pfn << kernel.arch.page_shift, order, kernel.arch.page_shift)
+        error = self.tree.add_key(key)
+        if kernel.trace is not None:
+            kernel.emit("kho_preserve_folio", {"pfn": pfn, "order": order}, error)
+        if error:
+            raise KernelError(-error, "kho_preserve_folio", f"pfn {pfn:#x} order {order}")
+
+    def preserve_folios(self, pfns: Pfns, order: int) -> None:
+        """:meth:`preserve_folio` for every pfn of an int64 array, all of one order.
+
+        On a refusal the folios before it stay preserved, as after a caller's loop.
+        """
+        kernel = self._kernel
+        if kernel.config.debug:
+            for pfn in pfns.tolist():
+                self._check_debug("kho_preserve_folio", pfn, 1 << order)
+        keys = (pfns >> order) | np.int64(key_base(order, kernel.arch.page_shift))
+        error, done = self.tree.add_many(keys)
+        if kernel.trace is not None:
+            kernel.emit("kho_preserve_folio", {"nr_folios": done, "order": order}, error)
+        if error:
+            raise KernelError(-error, "kho_preserve_folio", f"after {done} folios")
+
+    def preserve_folio_range(self, pfn: int, nr_folios: int, order: int) -> None:
+        """:meth:`preserve_folio` for ``nr_folios`` neighbouring folios of one order."""
+        kernel = self._kernel
+        self._check_debug("kho_preserve_folio", pfn, nr_folios << order)
+        first = kho_encode_radix_key(pfn << kernel.arch.page_shift, order, kernel.arch.page_shift)
+        error, done = self.tree.add_run(first, nr_folios)
+        if kernel.trace is not None:
+            args = {"pfn": pfn, "order": order, "nr_folios": done}
+            kernel.emit("kho_preserve_folio", args, error)
+        if error:
+            raise KernelError(-error, "kho_preserve_folio", f"after {done} folios")
+
+    def unpreserve_folio(self, pfn: int, order: int) -> None:
+        """``kho_unpreserve_folio``: forget a folio; a warning where it never was preserved."""
+        kernel = self._kernel
+        shift = kernel.arch.page_shift
+        self.tree.del_key(kho_encode_radix_key(pfn << shift, order, shift))
+        if kernel.trace is not None:
+            kernel.emit("kho_unpreserve_folio", {"pfn": pfn, "order": order}, None)
+
+    def unpreserve_folio_range(self, pfn: int, nr_folios: int, order: int) -> None:
+        """:meth:`unpreserve_folio` for ``nr_folios`` neighbouring folios of one order."""
+        kernel = self._kernel
+        shift = kernel.arch.page_shift
+        self.tree.del_run(kho_encode_radix_key(pfn << shift, order, shift), nr_folios)
+        if kernel.trace is not None:
+            args = {"pfn": pfn, "order": order, "nr_folios": nr_folios}
+            kernel.emit("kho_unpreserve_folio", args, None)
+
+    def preserve_pages(self, pfn: int, nr_pages: int) -> None:
+        """``kho_preserve_pages``: a range as the largest aligned blocks that keep to one node.
+
+        Raises the errors of :meth:`preserve_folio`; what was added is taken back first.
+        """
+        kernel = self._kernel
+        self._check_debug("kho_preserve_pages", pfn, nr_pages)
+        shift = kernel.arch.page_shift
+        at, end_pfn, error = pfn, pfn + nr_pages, 0
+        while at < end_pfn:
+            order = self._pages_order(at, end_pfn)
+            error = self.tree.add_key(kho_encode_radix_key(at << shift, order, shift))
+            if error:
+                self._unpreserve(pfn, at)
+                break
+            at = (at + int_shift(order)) & ((1 << 64) - 1)
+        if kernel.trace is not None:
+            kernel.emit("kho_preserve_pages", {"pfn": pfn, "nr_pages": nr_pages}, error)
+        if error:
+            raise KernelError(-error, "kho_preserve_pages", f"pfn {pfn:#x} nr_pages {nr_pages}")
+
+    def unpreserve_pages(self, pfn: int, nr_pages: int) -> None:
+        """``kho_unpreserve_pages``: forget a range; it must be the one that was preserved."""
+        self._unpreserve(pfn, pfn + nr_pages)
+        if self._kernel.trace is not None:
+            self._kernel.emit("kho_unpreserve_pages", {"pfn": pfn, "nr_pages": nr_pages}, None)
+
+    def _unpreserve(self, pfn: int, end_pfn: int) -> None:
+        shift = self._kernel.arch.page_shift
+        while pfn < end_pfn:
+            order = self._pages_order(pfn, end_pfn)
+            self.tree.del_key(kho_encode_radix_key(pfn << shift, order, shift))
+            pfn = (pfn + int_shift(order)) & ((1 << 64) - 1)
+
+    def _pages_order(self, start_pfn: int, end_pfn: int) -> int:
+        if not start_pfn:
+            raise KernelPanic(
+                "kho_preserve_pages: pfn 0 has no alignment, the kernel shifts by -1 here",
+                self._kernel.generation,
+            )
+        order = (start_pfn & -start_pfn).bit_length() - 1
+        order = min(order, (end_pfn - start_pfn).bit_length() - 1)
+        if self._kernel.release.preserve_splits_at_nodes:
+            nid_of_pfn = self._kernel.nid_of_pfn
+            nid = nid_of_pfn(start_pfn)
+            while nid != nid_of_pfn(start_pfn + (1 << order) - 1):
+                order -= 1
+        return order
+
+    def _check_debug(self, symbol: str, pfn: int, nr_pages: int) -> None:
+        # CONFIG_KEXEC_HANDOVER_DEBUG only: WARN_ON(kho_scratch_overlap(...)).
+        kernel = self._kernel
+        if not kernel.config.debug:
+            return
+        shift = kernel.arch.page_shift
+        if kernel.kho_scratch_overlap(pfn << shift, nr_pages << shift):
+            kernel.warn(f"WARNING: {symbol}: {nr_pages} pages from pfn {pfn:#x} overlap scratch")
+            raise KernelError(errno.EINVAL, symbol, "the range overlaps scratch")
+
+    # -- allocating -----------------------------------------------------------------------------
+
+    def alloc_preserve(self, size_bytes: int) -> Folio:
+        """``kho_alloc_preserve``: a zeroed, preserved folio of at least ``size_bytes``.
+
+        Raises -EINVAL for size 0, -E2BIG above the largest order, -ENOMEM.
+        """
+        kernel = self._kernel
+        symbol = "kho_alloc_preserve"
+        if not size_bytes:
+            raise KernelError(errno.EINVAL, symbol, "size 0")
+        order = ((size_bytes - 1) >> kernel.arch.page_shift).bit_length()
+        if order > kernel.arch.max_page_order:
+            raise KernelError(errno.E2BIG, symbol, f"order {order}")
+        folio = kernel.alloc_folio(order, owner=symbol, zero=True)
+        try:
+            self.preserve_folio(folio.pfn, order)
+        except KernelError as refused:
+            folio.put()
+            raise KernelError(refused.errno, symbol, refused.detail) from refused
+        return folio
+
+    def unpreserve_free(self, folio: Folio) -> None:
+        """``kho_unpreserve_free``: undo :meth:`alloc_preserve`."""
+        self.unpreserve_folio(folio.pfn, folio.order)
+        folio.put()
+

@@ -1,0 +1,239 @@
+"""``reserve_mem=``: named regions of memory that keep their address and content.
+
+Models ``mm/memblock.c`` @ 7.3: ``reserve_mem``, ``reserve_mem_kho_revive``, ``prepare_kho_fdt``,
+``reserved_mem_preserve``, ``reserve_mem_find_by_name``, ``reserve_mem_release_by_name``. A region
+is found again in the predecessor's "memblock" subtree, or allocated anew with the kernel's reason
+printed. On a handover boot a new region comes from scratch, as in the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+from khosim.abi import fdt
+from khosim.abi.memblock import (
+    MEMBLOCK_KHO_FDT,
+    MEMBLOCK_KHO_NODE_COMPATIBLE,
+    RESERVE_MEM_KHO_NODE_COMPATIBLE,
+)
+from khosim.errors import KernelError
+from khosim.kernel.kho_in import FDT_MAX_BYTES
+from khosim.units import memparse
+
+if TYPE_CHECKING:
+    from khosim.kernel.kernel import Kernel
+
+__all__ = ("ReserveMem",)
+
+_MAX_ENTRIES = 8
+_NAME_SIZE = 16
+_SMP_CACHE_BYTES = 64
+_SPACE = " \t\n\v\f\r\xa0"  # isspace
+_U64_LE = struct.Struct("<Q")
+_U32 = (1 << 32) - 1
+
+
+class ReserveMem:
+    """``reserved_mem_table``: ``regions`` are ``[name, start, size]``, addresses in bytes."""
+
+    __slots__ = ("_fdt_phys", "_kernel", "regions")
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._fdt_phys: int | None = None
+        self.regions: list[tuple[str, int, int]] = []
+
+    # -- boot parameter -------------------------------------------------------------------------
+
+    def parse(self, text: str) -> int:
+        """``reserve_mem``: one parameter ``size:align:name``; 1, or a negative errno."""
+        kernel = self._kernel
+        if len(self.regions) >= _MAX_ENTRIES:
+            kernel.printk("reserve_mem: no more room for reserved memory")
+            return -errno.EBUSY
+        size, at = memparse(text)
+        if not size or not at or text[at : at + 1] != ":":
+            return self._malformed()
+        align, at = memparse(text, at + 1)
+        if text[at : at + 1] != ":":
+            return self._malformed()
+        align = max(align, _SMP_CACHE_BYTES)
+        name = text[at + 1 :]
+        if not name or len(name) >= _NAME_SIZE or not name.strip(_SPACE):
+            return self._malformed()
+        if self.find_by_name(name) is not None:
+            kernel.printk(f'reserve_mem: name "{name}" was already used')
+            return -errno.EBUSY
+        if self._kho_revive(name, size, align):
+            return 1
+        start = kernel.memblock.memblock_phys_alloc_range(size, align, 0, 0)
+        if not start:
+            kernel.printk("reserve_mem: memblock allocation failed")
+            return -errno.ENOMEM
+        self.regions.append((name, start, size))
+        if kernel.trace is not None:
+            kernel.emit("reserve_mem", {"name": name, "size": size, "align": align}, start)
+        return 1
+
+    def _malformed(self) -> int:
+        self._kernel.printk("reserve_mem: empty or malformed parameter")
+        return -errno.EINVAL
+
+    def _retrieve_fdt(self) -> memoryview | None:
+        # reserve_mem_kho_retrieve_fdt
+        kernel = self._kernel
+        if self._fdt_phys:
+            return kernel.fdt_at(self._fdt_phys)[:FDT_MAX_BYTES]
+        try:
+            phys, _ = kernel.kho_in.retrieve_subtree(MEMBLOCK_KHO_FDT)
+        except KernelError as refused:
+            if refused.errno != errno.ENOENT:
+                kernel.printk(
+                    f"failed to retrieve FDT '{MEMBLOCK_KHO_FDT}' from KHO: {-refused.errno}"
+                )
+            return None
+        tree = kernel.fdt_at(phys)[:FDT_MAX_BYTES]
+        error = fdt.fdt_node_check_compatible(tree, 0, MEMBLOCK_KHO_NODE_COMPATIBLE, addr=phys)
+        if error:
+            kernel.printk(
+                f"FDT '{MEMBLOCK_KHO_FDT}' is incompatible with "
+                f"'{MEMBLOCK_KHO_NODE_COMPATIBLE}': {error}"
+            )
+            return None
+        self._fdt_phys = phys
+        return tree
+
+    def _kho_revive(self, name: str, size: int, align: int) -> bool:
+        # reserve_mem_kho_revive
+        kernel = self._kernel
+        tree = self._retrieve_fdt()
+        if tree is None:
+            return False
+        offset = fdt.fdt_subnode_offset(tree, 0, name)
+        if offset < 0:
+            kernel.printk(f"FDT '{MEMBLOCK_KHO_FDT}' has no child '{name}': {offset}")
+            return False
+        error = fdt.fdt_node_check_compatible(tree, offset, RESERVE_MEM_KHO_NODE_COMPATIBLE)
+        if error:
+            kernel.printk(
+                f"Node '{name}' is incompatible with '{RESERVE_MEM_KHO_NODE_COMPATIBLE}': {error}"
+            )
+            return False
+        start_bytes, start_length = fdt.fdt_getprop(tree, offset, "start")
+        size_bytes, size_length = fdt.fdt_getprop(tree, offset, "size")
+        if start_bytes is None or start_length != 8 or size_bytes is None or size_length != 8:
+            return False
+        start = int(_U64_LE.unpack(start_bytes)[0])
+        old_size = int(_U64_LE.unpack(size_bytes)[0])
+        if start & (align - 1):
+            kernel.printk(
+                f"KHO reserve-mem '{name}' has wrong alignment ({align:#x}, {start:#x})"
+            )
+            return False
+        if old_size != size:
+            kernel.printk(f"KHO reserve-mem '{name}' has wrong size ({old_size:#x} != {size:#x})")
+            return False
+        self.regions.append((name, start, size))
+        kernel.printk(f"Revived memory reservation '{name}' from KHO")
+        if kernel.trace is not None:
+            kernel.emit("reserve_mem_kho_revive", {"name": name, "size": size}, start)
+        return True
+
+    # -- users ----------------------------------------------------------------------------------
+
+    def find_by_name(self, name: str) -> tuple[int, int] | None:
+        """``reserve_mem_find_by_name``: ``(start, size)`` in bytes, or None."""
+        for known, start, size in self.regions:
+            if size and known == name:
+                return start, size
+        return None
+
+    def release_by_name(self, name: str) -> bool:
+        """``reserve_mem_release_by_name``: free the region's whole pages; whether it existed.
+
+        What the successor is told of the region stays: its node in the subtree and the preserved
+        pages, which others may use by then.
+        """
+        kernel = self._kernel
+        for i, (known, start, size) in enumerate(self.regions):
+            if size and known == name:
+                kernel.virt(start, size)
+                kernel.free_reserved_area(start, start + size, f"reserve_mem:{name}", 0)
+                self.regions[i] = (known, start, 0)
+                return True
+        return False
+
+    # -- handing over ---------------------------------------------------------------------------
+
+    def init(self) -> int:
+        """``reserve_mem_init``: describe and preserve the regions; 0 or a negative errno."""
+        kernel = self._kernel
+        if not kernel.kho_enable or not self.regions:
+            return 0
+        error = self._prepare_kho_fdt()
+        if error:
+            kernel.printk(f"failed to prepare memblock FDT for KHO: {error}")
+        return error
+
+    def _prepare_kho_fdt(self) -> int:
+        kernel = self._kernel
+        out = kernel.kho_out
+        symbol = "prepare_kho_fdt"
+        fdt_pfn = kernel.pages.alloc_pages(0, symbol)
+        if fdt_pfn is None:
+            return -errno.ENOMEM
+        try:
+            out.preserve_pages(fdt_pfn, 1)
+        except KernelError as refused:
+            kernel.pages.free_pages(fdt_pfn, 0)
+            return -refused.errno
+        phys = fdt_pfn << kernel.arch.page_shift
+        buf = kernel.ram.writable_mv(phys, kernel.arch.page_size, kernel.by(symbol))
+        error = self._write_fdt(buf)
+        if not error:
+            try:
+                out.add_subtree(MEMBLOCK_KHO_FDT, phys, fdt.fdt_totalsize(buf))
+            except KernelError as refused:
+                error = -refused.errno
+            else:
+                error = self._preserve_regions()
+                if error:
+                    out.remove_subtree(phys)
+        if error:
+            out.unpreserve_pages(fdt_pfn, 1)
+            kernel.pages.free_pages(fdt_pfn, 0)
+        return error
+
+    def _write_fdt(self, buf: memoryview) -> int:
+        error = fdt.fdt_create(buf, self._kernel.arch.page_size)
+        error |= fdt.fdt_finish_reservemap(buf)
+        error |= fdt.fdt_begin_node(buf, "")
+        error |= fdt.fdt_property_string(buf, "compatible", MEMBLOCK_KHO_NODE_COMPATIBLE)
+        for name, start, size in self.regions:
+            if error:
+                break
+            error |= fdt.fdt_begin_node(buf, name)
+            error |= fdt.fdt_property_string(buf, "compatible", RESERVE_MEM_KHO_NODE_COMPATIBLE)
+            error |= fdt.fdt_property(buf, "start", _U64_LE.pack(start))
+            error |= fdt.fdt_property(buf, "size", _U64_LE.pack(size))
+            error |= fdt.fdt_end_node(buf)
+        error |= fdt.fdt_end_node(buf)
+        error |= fdt.fdt_finish(buf)
+        return error
+
+    def _preserve_regions(self) -> int:
+        # reserved_mem_preserve; nr_pages is an unsigned int there.
+        shift = self._kernel.arch.page_shift
+        done: list[tuple[int, int]] = []
+        for _, start, size in self.regions:
+            pfn, nr_pages = start >> shift, (size >> shift) & _U32
+            try:
+                self._kernel.kho_out.preserve_pages(pfn, nr_pages)
+            except KernelError as refused:
+                for done_pfn, done_pages in done:
+                    self._kernel.kho_out.unpreserve_pages(done_pfn, done_pages)
+                return -refused.errno
+            done.append((pfn, nr_pages))
+        return 0

@@ -1,0 +1,45 @@
+"""What a running kernel tells: its events, and who is told of its stages.
+
+Stands beside the kernel (no Linux source): every modelled step emits one :class:`Event`; nothing is
+emitted while nobody listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from khosim.kernel.kernel import Kernel
+
+__all__ = ("Event", "Host", "Trace")
+
+
+class Event(NamedTuple):
+    """One step of a kernel: what the trace is made of.
+
+    ``symbol`` is the kernel function, ``args`` and ``result`` are plain numbers and strings.
+    """
+
+    generation: int
+    phase: str
+    symbol: str
+    args: dict[str, Any]
+    result: Any
+
+
+Trace = Callable[[Event], None]
+
+
+class Host(Protocol):
+    """Who runs the kernel: told of its stages, and asked to carry out a whole kexec."""
+
+    def checkpoint(self, kernel: Kernel, stage: str) -> None:
+        """The kernel has reached ``stage``.
+
+        "takeover": what was preserved is reserved, memblock still serves; "booted"; "jump": frozen
+        and about to leave.
+        """
+
+    def kexec(self, kernel: Kernel, **options: Any) -> Kernel:
+        """Load, jump, boot: the successor of ``kernel``."""
