@@ -13,34 +13,35 @@ Everything but ``capture.json`` is read when asked for. What is missing or damag
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from khosim.capture.dmesg import BootLog, parse_dmesg
 from khosim.capture.iomem import Iomem, parse_iomem
+from khosim.capture.ram_npz import U8Rows, U64Row, read_ram_npz
 from khosim.errors import InputError
 from khosim.machine.memory_map import ARCHES, MemoryMap
 
 __all__ = ("Capture", "CapturedGeneration")
 
 _PAGE_SIZES = (4096, 16384, 65536)
-_U8 = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
-_U64 = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
 class CapturedGeneration:
-    """One generation of a capture; ``index`` counts from 0, the cold boot."""
+    """One generation of a capture; ``index`` counts from 0, the cold boot.
 
-    def __init__(self, path: Path, index: int, page_size: int) -> None:
+    ``preserve_bits`` is the size of a bitmap of kho-v1, None where the capture does not tell.
+    """
+
+    def __init__(
+        self, path: Path, index: int, page_size: int, preserve_bits: int | None = None
+    ) -> None:
         self.path = path
         self.name = path.name
         self.index = index
         self.page_size = page_size
+        self.preserve_bits = preserve_bits
 
     def __repr__(self) -> str:
         return f"CapturedGeneration({str(self.path)!r})"
@@ -87,33 +88,9 @@ class CapturedGeneration:
         return _read_json(self.path / "handover.json")
 
     @cached_property
-    def ram_pages(self) -> tuple[_U64, _U8]:
+    def ram_pages(self) -> tuple[U64Row, U8Rows]:
         """``ram.npz``: page frame numbers in order, and their bytes, one row a page."""
-        path = self.path / "ram.npz"
-        pfn: Any
-        data: Any
-        try:
-            with open(path, "rb") as file:
-                archive = np.load(file, allow_pickle=False)
-                if not isinstance(archive, np.lib.npyio.NpzFile):
-                    raise InputError(str(path), "not an npz archive")
-                pfn, data = archive["pfn"], archive["data"]
-        except KeyError as error:
-            raise InputError(str(path), f"no array {error.args[0]!r}") from None
-        except OSError as error:
-            raise InputError(str(path), error.strerror or "not an npz archive") from None
-        except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(str(path), f"damaged: {error}") from None
-        if not isinstance(pfn, np.ndarray) or not isinstance(data, np.ndarray):
-            raise InputError(str(path), "damaged: an array without its header")
-        if pfn.dtype != np.uint64 or pfn.ndim != 1:
-            raise InputError(str(path), f"pfn is {pfn.dtype} {pfn.shape}, not a row of uint64")
-        if data.dtype != np.uint8 or data.shape != (len(pfn), self.page_size):
-            cause = f"data is {data.dtype} {data.shape}, not {len(pfn)} pages of {self.page_size}"
-            raise InputError(str(path), cause)
-        if (pfn[1:] <= pfn[:-1]).any():
-            raise InputError(str(path), "pfn is not in ascending order")
-        return pfn, data
+        return read_ram_npz(self.path / "ram.npz", self.page_size)
 
     @cached_property
     def scratch_areas(self) -> tuple[tuple[int, int], ...]:
@@ -151,13 +128,18 @@ class Capture:
             raise InputError(f"{place}: page_size", f"{page_size!r} is none of {_PAGE_SIZES}")
         if not isinstance(names, list) or not names:
             raise InputError(f"{place}: generations", "not a list of folder names")
+        bits = facts.get("preserve_bits")
+        if not (isinstance(bits, list) and len(bits) == len(names)):
+            bits = [None] * len(names)
+        if any(entry not in (None, 4096, 8 * page_size) for entry in bits):
+            raise InputError(f"{place}: preserve_bits", f"{bits!r} are not sizes of bitmaps")
         generations = []
         for index, name in enumerate(names):
             if not isinstance(name, str) or Path(name).name != name:
                 raise InputError(f"{place}: generations", f"{name!r} is not a folder name")
             if not (self.path / name).is_dir():
                 raise InputError(str(self.path / name), "no such folder")
-            generations.append(CapturedGeneration(self.path / name, index, page_size))
+            generations.append(CapturedGeneration(self.path / name, index, page_size, bits[index]))
         self.name = self.path.resolve().name
         self.release: str = release
         self.arch: str = arch

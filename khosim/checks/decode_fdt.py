@@ -31,6 +31,7 @@ _MAGIC = 0xD00DFEED
 _VERSION = 17
 _LAST_COMP_VERSION = 16
 _MAX_DEPTH = 64
+_MAX_NAME_BYTES = 64  # shown of a node's name in the path to a problem
 _MAX_BYTES = 2 << 20  # more than libfdt-made handover blobs ever hold
 
 _BEGIN_NODE, _END_NODE, _PROP, _NOP, _END = 1, 2, 3, 4, 9
@@ -210,8 +211,9 @@ class _Walk:
         return self.root
 
     def note(self, code: str, at: int, detail: str) -> None:
-        """Note a problem at offset ``at`` of the blob."""
-        self.log.add(code, self.phys + at, detail)
+        """Note a problem at offset ``at`` of the blob, inside of the node that is open there."""
+        path = "/" + "/".join(_printable(name) for name, _, _ in self.open[1:])
+        self.log.add(code, self.phys + at, detail, path)
 
     def begin(self, at: int) -> bool:
         """Open a node."""
@@ -284,3 +286,8 @@ class _Walk:
             self.note("fdt-nesting", at, "end tag inside of the tree")
         if self.pos != self.end:
             self.note("fdt-trailing", self.pos, f"{self.end - self.pos} bytes after the end tag")
+
+
+def _printable(name: bytes) -> str:
+    """A node's name, cut to what libfdt's users would give one."""
+    return name[:_MAX_NAME_BYTES].decode("ascii", "backslashreplace")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from khosim.checks.preserved import I64
     from khosim.checks.reader import Reader
 
-__all__ = ("Geometry", "decode_preserved", "geometry")
+__all__ = ("Geometry", "bit_runs", "decode_preserved", "geometry")
 
 _MAX_TABLE_PAGES = 1 << 18
 _MAX_RUNS = 1 << 22
@@ -200,7 +200,7 @@ class _Runs:
                 for index, word in zip(filled, words, strict=True):
                     self.word(key + index * 64, word)
             else:
-                starts, ends = _bit_runs(page, filled[0] * 8, filled[-1] * 8 + 8)
+                starts, ends = bit_runs(page, filled[0] * 8, filled[-1] * 8 + 8)
                 self.flush()
                 self.parts.append((starts + key, ends - starts))
                 self.count += len(starts)
@@ -222,7 +222,7 @@ class _Runs:
     def lowest_leaf(self, phys: int, page: bytes) -> None:
         """Add the one leaf in which each power of two begins another order."""
         self.flush()
-        starts, ends = _bit_runs(page, 0, len(page))
+        starts, ends = bit_runs(page, 0, len(page))
         for low, past in zip(starts.tolist(), ends.tolist(), strict=True):
             start = low
             if start < _IMPOSSIBLE_KEYS:
@@ -270,7 +270,7 @@ def _filled_words(page: bytes) -> tuple[list[int], list[int]]:
     return indices, words[filled].tolist()
 
 
-def _bit_runs(page: bytes, start: int, end: int) -> tuple[I64, I64]:
+def bit_runs(page: bytes, start: int, end: int) -> tuple[I64, I64]:
     """First and past-the-last bit number of each run of ones in ``page[start:end]``."""
     bits = np.zeros((end - start) * 8 + 2, dtype=np.uint8)
     bits[1:-1] = np.unpackbits(

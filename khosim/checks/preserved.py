@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 __all__ = (
     "Overlap",
     "Preserved",
+    "block_orders",
     "blocks_covering",
     "blocks_crossing",
     "covered_ranges",
     "covers",
     "expand",
     "intersect",
+    "orders_of",
     "overlaps",
 )
 
@@ -153,6 +155,28 @@ def blocks_covering(preserved: Preserved, pfn: int) -> list[tuple[int, int]]:
     for run in runs.tolist():
         order, start = int(preserved.order[run]), int(preserved.start_pfn[run])
         found.append((start + ((pfn - start) >> order << order), order))
+    return found
+
+
+def orders_of(preserved: Preserved) -> list[int]:
+    """The orders that occur, ascending."""
+    found: list[int] = np.flatnonzero(np.bincount(preserved.order)).tolist()
+    return found
+
+
+def block_orders(preserved: Preserved, pfns: I64) -> I64:
+    """For each page frame number, the order of the block that begins there, or -1.
+
+    Where blocks of several orders begin at one page, the largest counts.
+    """
+    found: I64 = np.full(len(pfns), -1, dtype=np.int64)
+    for order in orders_of(preserved):
+        runs = preserved.order == order
+        starts, ends = _merge(preserved.start_pfn[runs], preserved.end_pfn[runs])
+        at = np.searchsorted(starts, pfns, side="right") - 1
+        inside = (at >= 0) & ((pfns & ((1 << order) - 1)) == 0)
+        inside[inside] = pfns[inside] < ends[at[inside]]
+        found[inside] = order
     return found
 
 

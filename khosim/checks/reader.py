@@ -47,12 +47,16 @@ class Problem(NamedTuple):
     """Something in handed-over memory that cannot be what a kernel wrote.
 
     ``code`` is a stable identifier (``"radix-unaligned"``), ``phys`` the address of the bytes that
-    are wrong, ``detail`` says what is wrong with them.
+    are wrong, ``detail`` says what is wrong with them. ``path`` leads there from the handover's
+    root (``"/LUO/sessions[1]/files[0]"``), and ``expected`` says what should be there; both may be
+    empty.
     """
 
     code: str
     phys: int
     detail: str
+    path: str = ""
+    expected: str = ""
 
     def __str__(self) -> str:
         return f"{self.phys:#x}: {self.detail} [{self.code}]"
@@ -68,19 +72,20 @@ class ProblemLog:
         self._counts: dict[str, int] = {}
         self._left_out = 0
 
-    def add(self, code: str, phys: int, detail: str) -> None:
+    def add(self, code: str, phys: int, detail: str, path: str = "", expected: str = "") -> None:
         """Note one problem."""
         count = self._counts.get(code, 0)
         if count < _MAX_PER_CODE:
             self._counts[code] = count + 1
-            self._items.append(Problem(code, phys, detail))
+            self._items.append(Problem(code, phys, detail, path, expected))
         else:
             self._left_out += 1
 
-    def extend(self, problems: tuple[Problem, ...]) -> None:
-        """Note problems that another decoder found."""
-        for problem in problems:
-            self.add(*problem)
+    def extend(self, problems: tuple[Problem, ...], path: str = "") -> None:
+        """Note problems that another decoder found; ``path`` leads to what it decoded."""
+        for code, phys, detail, inner, expected in problems:
+            joined = (path.rstrip("/") + inner).rstrip("/")
+            self.add(code, phys, detail, joined or ("/" if path or inner else ""), expected)
 
     def done(self) -> tuple[Problem, ...]:
         """What was noted, in order; the last entry counts what was left out, if anything was."""

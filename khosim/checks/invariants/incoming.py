@@ -1,0 +1,247 @@
+"""What a kernel makes of the handover it was given, held against what was seen at the jump."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from khosim.checks.history import PFN_BITS, block_ids, block_runs
+from khosim.checks.invariants.base import REPORTED_MAX, Invariant
+from khosim.checks.look import AT_ANY_TIME, BOOTED, JUMP, TAKEOVER, contains
+from khosim.checks.preserved import overlaps
+from khosim.checks.ranges import merged, minus, pairs, sweep, where
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from khosim.checks.history import Handed
+    from khosim.checks.look import Look
+    from khosim.checks.ranges import Ranges
+    from khosim.checks.violation import Violation
+
+__all__ = ("INVARIANTS",)
+
+_RSRV_NOINIT = 0x10  # include/linux/memblock.h:MEMBLOCK_RSRV_NOINIT
+_EXTENSION_SHIFT = 30  # scratch is extended by blocks of 1 GiB
+_MIB = 1 << 20
+_KNOWN = 1 << 32
+
+
+def _accepted(look: Look) -> Sequence[Violation]:
+    handed, kernel = look.handed, look.kernel
+    if handed is None or kernel is None or not look.refused:
+        return ()
+    if any(
+        "disabling KHO revival" in message or message.startswith(("KHO: disabled", "WARNING: kho_"))
+        for message in kernel.messages
+    ):
+        return ()
+    pfn = _first_page_of_value(handed)
+    if pfn is None:
+        return ()
+    phys = pfn << look.page_shift
+    text = (
+        f"page {phys:#x} (pfn {pfn:#x}) and all else that generation {handed.generation} preserved "
+        f"is lost: generation {kernel.generation} took no handover over and did not say why"
+    )
+    return [look.says("handover-accepted", text, phys, handed.owner(pfn) or "nobody")]
+
+
+def _first_page_of_value(handed: Handed) -> int | None:
+    # The first preserved page that is not the handover's own.
+    pages = np.array(sorted(handed.metadata), dtype=np.int64)
+    starts, _ = minus(handed.covered, (pages, pages + 1))
+    return int(starts[0]) if len(starts) else None
+
+
+def _map_agrees(look: Look) -> Sequence[Violation]:
+    handed, kernel = look.handed, look.kernel
+    if handed is None or kernel is None or look.refused or not handed.is_sound:
+        return ()
+    starts, ends, order = look.incoming
+    if overlaps(handed.handover.preserved):
+        # One page cannot show two blocks: then only the pages must agree.
+        told, seen = handed.covered, merged((starts, ends))
+    else:
+        told = handed.blocks
+        seen = merged((block_ids(order, starts), block_ids(order, ends)))
+    found: list[Violation] = []
+    if not _same(told, seen):
+        lost, phantom = minus(told, seen), minus(seen, told)
+        found += _tell_blocks(look, handed, lost, "was preserved but is not reserved")
+        found += _tell_blocks(look, handed, phantom, "is reserved but was not preserved")
+        return found
+    noinit = _noinit_pages(look)
+    if not _same(handed.covered, noinit):
+        for pages, what in (
+            (minus(handed.covered, noinit), "was preserved but memblock may hand it out"),
+            (minus(noinit, handed.covered), "is kept from memblock but was not preserved"),
+        ):
+            found += _tell_blocks(look, handed, pages, what)
+    return found
+
+
+def _same(one: Ranges, other: Ranges) -> bool:
+    return np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+
+
+def _noinit_pages(look: Look) -> Ranges:
+    assert look.kernel is not None
+    reserved, shift = look.kernel.memblock.reserved, np.uint64(look.page_shift)
+    chosen = (np.array(reserved.flags, dtype=np.int64) & _RSRV_NOINIT).astype(np.bool_)
+    low = np.array(reserved.base, dtype=np.uint64)[chosen] >> shift
+    high = (np.array(reserved.end, dtype=np.uint64)[chosen] - np.uint64(1)) >> shift
+    return merged((low.astype(np.int64), high.astype(np.int64) + 1))
+
+
+def _tell_blocks(look: Look, handed: Handed, blocks: Ranges, what: str) -> list[Violation]:
+    shift = look.page_shift
+    found = []
+    mask = (1 << PFN_BITS) - 1
+    for start, end in pairs(blocks, REPORTED_MAX):
+        pfn = start & mask
+        order = f", order {63 - (start >> PFN_BITS)}" if start >> PFN_BITS else ""
+        text = f"page {pfn << shift:#x} (pfn {pfn:#x}, {end - start} pages{order}) {what}"
+        owner = handed.owner(pfn) or "nobody"
+        found.append(look.says("map-agrees", text, pfn << shift, owner))
+    return found
+
+
+def _early_allocations(look: Look) -> Sequence[Violation]:
+    handed, kernel = look.handed, look.kernel
+    if handed is None or kernel is None or look.refused:
+        return ()
+    allowed = _open_to_boot(look, handed, kernel.release.scratch_extension)
+    found = []
+    for phys, len_bytes in kernel.memblock.allocations:
+        if contains(allowed, phys, phys + len_bytes):
+            continue
+        pfn = phys >> look.page_shift
+        text = (
+            f"page {phys & -look.page_size:#x} (pfn {pfn:#x}): {len_bytes} bytes were allocated "
+            f"early in boot at [{phys:#x}-{phys + len_bytes:#x}), outside of scratch"
+        )
+        owner = handed.owner(pfn) or "nobody"
+        found.append(look.says("early-allocations-in-scratch", text, phys, owner))
+    return found[:REPORTED_MAX]
+
+
+def _open_to_boot(look: Look, handed: Handed, is_extended: bool) -> list[tuple[int, int]]:
+    # Where early boot may allocate, in bytes: scratch, and GiB blocks that hold nothing of value.
+    shift = look.page_shift
+    allowed = [(addr, addr + size) for addr, size in handed.scratch]
+    if look.hardware.arch == "x86_64":
+        allowed.append((0, _MIB))
+    if is_extended:
+        to_gib = _EXTENSION_SHIFT - shift
+        tables = np.array(handed.handover.table_pages, dtype=np.int64) >> shift
+        starts = np.concatenate((handed.covered[0], tables))
+        ends = np.concatenate((handed.covered[1], tables + 1))
+        busy = merged((starts >> to_gib, ((ends - 1) >> to_gib) + 1))
+        low = 0
+        for start, end in zip(busy[0].tolist(), busy[1].tolist(), strict=True):
+            allowed.append((low << _EXTENSION_SHIFT, start << _EXTENSION_SHIFT))
+            low = end
+        allowed.append((low << _EXTENSION_SHIFT, 1 << 64))
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(piece for piece in allowed if piece[0] < piece[1]):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _scratch_stable(look: Look) -> Sequence[Violation]:
+    kernel, known = look.kernel, look.history.scratch
+    if kernel is None or known is None or not look.has_scratch or look.scratch == known:
+        return ()
+    now = look.scratch
+    at = next(
+        (i for i, pair in enumerate(zip(known, now, strict=False)) if pair[0] != pair[1]),
+        min(len(known), len(now)),
+    )
+
+    def tell(areas: list[tuple[int, int]]) -> str:
+        return f"{areas[at][0]:#x}+{areas[at][1]:#x}" if at < len(areas) else "nothing"
+
+    phys = kernel.kho_scratch_phys + 16 * at
+    text = (
+        f"page {phys & -look.page_size:#x}: scratch area {at} was {tell(known)} and is {tell(now)} "
+        f"in generation {kernel.generation}"
+    )
+    return [look.says("scratch-stable", text, phys, "kho_scratch")]
+
+
+def _restored_once(look: Look) -> Sequence[Violation]:
+    handed, kernel = look.handed, look.kernel
+    if kernel is None or not len(kernel.kho_in.restored):
+        return ()
+    pfns, ends, orders = block_runs(kernel.kho_in.restored)
+    blocks = block_ids(orders, pfns), block_ids(orders, ends)
+    odd = (pfns & ((np.int64(1) << np.minimum(orders, PFN_BITS)) - 1)) != 0
+    known: Ranges = (pfns[:0], pfns[:0])
+    if handed is not None:
+        known = handed.blocks
+    weights = np.ones(len(pfns) + len(known[0]), dtype=np.int64)
+    weights[len(pfns) :] = _KNOWN
+    edges, levels = sweep(
+        np.concatenate((blocks[0], known[0])), np.concatenate((blocks[1], known[1])), weights
+    )
+    twice = (levels & (_KNOWN - 1)) > 1
+    unknown = (levels > 0) & (levels < _KNOWN)
+    found: list[Violation] = []
+    if unknown.any() or odd.any():
+        what = "was restored, but no such block was handed over"
+        found += _tell_restored(look, where(edges, unknown), what)
+        found += _tell_restored(look, (blocks[0][odd], blocks[1][odd]), what)
+    if twice.any():
+        found += _tell_restored(look, where(edges, twice), "was restored more than once")
+    return found
+
+
+def _tell_restored(look: Look, blocks: Ranges, what: str) -> list[Violation]:
+    shift, handed = look.page_shift, look.handed
+    found = []
+    for start, _ in pairs(blocks, REPORTED_MAX):
+        pfn, order = start & ((1 << PFN_BITS) - 1), 63 - (start >> PFN_BITS)
+        owner = (handed.owner(pfn) if handed is not None else "") or "nobody"
+        text = f"page {pfn << shift:#x} (pfn {pfn:#x}) of order {order} {what}"
+        found.append(look.says("restored-once", text, pfn << shift, owner))
+    return found
+
+
+INVARIANTS = (
+    Invariant(
+        "handover-accepted",
+        "A kernel that is given preserved memory takes it over, or says why it does not.",
+        frozenset((TAKEOVER,)),
+        _accepted,
+    ),
+    Invariant(
+        "map-agrees",
+        "What the old kernel preserved is what the new one reserves, block by block.",
+        frozenset((TAKEOVER,)),
+        _map_agrees,
+    ),
+    Invariant(
+        "early-allocations-in-scratch",
+        "Until preserved memory is reserved, the new kernel allocates in scratch only.",
+        frozenset((TAKEOVER,)),
+        _early_allocations,
+    ),
+    Invariant(
+        "scratch-stable",
+        "The scratch areas are the same in every generation of a chain.",
+        frozenset((TAKEOVER, BOOTED, JUMP, AT_ANY_TIME)),
+        _scratch_stable,
+    ),
+    Invariant(
+        "restored-once",
+        "What is restored was handed over, has the order it was preserved with, and is restored "
+        "once.",
+        frozenset((BOOTED, JUMP, AT_ANY_TIME)),
+        _restored_once,
+    ),
+)

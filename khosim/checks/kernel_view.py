@@ -1,0 +1,180 @@
+"""What the checkers read of a kernel: plain data, described by shape.
+
+A :class:`KernelView` is any object with these attributes; the checkers never see the class behind
+it, and call nothing on it that computes. Addresses are physical, in bytes; a pfn is a page frame
+number.
+"""
+
+# ruff: noqa: D102 (an attribute is named as in the kernel; its class says what it belongs to)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = (
+    "ImageView",
+    "KernelView",
+    "MemblockView",
+    "PageMapView",
+    "PageStateView",
+    "PagesView",
+    "SegmentView",
+    "ZoneView",
+)
+
+
+class ReleaseView(Protocol):
+    """What a kernel's release declares, and what it allows."""
+
+    @property
+    def kho_compatible(self) -> str: ...
+    @property
+    def scratch_extension(self) -> bool: ...
+
+
+class KhoInView(Protocol):
+    """``struct kho_in``: both addresses are 0 unless a handover was taken over."""
+
+    @property
+    def fdt_phys(self) -> int: ...
+    @property
+    def scratch_phys(self) -> int: ...
+    @property
+    def restored(self) -> Sequence[tuple[int, int]]: ...
+
+
+class KhoOutView(Protocol):
+    """``struct kho_out``: where the root FDT for the successor is."""
+
+    @property
+    def fdt_phys(self) -> int: ...
+
+
+class RegionArrayView(Protocol):
+    """One of memblock's arrays, as parallel columns sorted by address."""
+
+    @property
+    def base(self) -> Sequence[int]: ...
+    @property
+    def end(self) -> Sequence[int]: ...
+    @property
+    def flags(self) -> Sequence[int]: ...
+    @property
+    def nid(self) -> Sequence[int]: ...
+
+
+class MemblockView(Protocol):
+    """memblock; ``allocations`` are ``(phys, len_bytes)`` of all it ever handed out."""
+
+    @property
+    def memory(self) -> RegionArrayView: ...
+    @property
+    def reserved(self) -> RegionArrayView: ...
+    @property
+    def allocations(self) -> Sequence[tuple[int, int]]: ...
+
+
+class PageStateView(Protocol):
+    """What the blocks of a run of the page map share."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def order(self) -> int: ...
+    @property
+    def owner(self) -> str: ...
+
+
+class PageMapView(Protocol):
+    """The state of every page that is not free, as sorted runs of page frames."""
+
+    def columns(self) -> tuple[Sequence[int], Sequence[int], Sequence[PageStateView]]:
+        """First frames, ends and states of all runs."""
+
+
+class ZoneView(Protocol):
+    """A zone: ``free[migrate type][order]`` holds first pfns, ``max_runs`` the largest blocks."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def max_order(self) -> int: ...
+    @property
+    def managed_pages(self) -> int: ...
+    @property
+    def nr_free(self) -> Sequence[int]: ...
+    @property
+    def free(self) -> Sequence[Sequence[Mapping[int, None]]]: ...
+    @property
+    def max_runs(self) -> Sequence[Iterable[Sequence[int]]]: ...
+
+
+class PagesView(Protocol):
+    """The page allocator: its zones, its page map, and what is not initialised yet."""
+
+    @property
+    def zones(self) -> Sequence[ZoneView]: ...
+    @property
+    def deferred(self) -> Sequence[tuple[int, int, int]]: ...
+    @property
+    def pages(self) -> PageMapView: ...
+
+
+class ReserveMemView(Protocol):
+    """``reserved_mem_table``: ``(name, start, size)``, size 0 once released."""
+
+    @property
+    def regions(self) -> Sequence[tuple[str, int, int]]: ...
+
+
+class SegmentView(Protocol):
+    """A piece of a kexec image and where it goes."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def mem(self) -> int: ...
+    @property
+    def memsz(self) -> int: ...
+
+
+class ImageView(Protocol):
+    """A kexec image; ``kho_scratch`` is None where it carries no handover."""
+
+    @property
+    def segments(self) -> Sequence[SegmentView]: ...
+    @property
+    def kho_fdt(self) -> int: ...
+    @property
+    def kho_scratch(self) -> SegmentView | None: ...
+
+
+class KernelView(Protocol):
+    """One kernel generation, as far as the checkers look at it."""
+
+    @property
+    def generation(self) -> int: ...
+    @property
+    def messages(self) -> Sequence[str]: ...
+    @property
+    def release(self) -> ReleaseView: ...
+    @property
+    def kho_enable(self) -> bool: ...
+    @property
+    def kho_in(self) -> KhoInView: ...
+    @property
+    def kho_out(self) -> KhoOutView: ...
+    @property
+    def kho_scratch_phys(self) -> int: ...
+    @property
+    def kho_scratch_cnt(self) -> int: ...
+    @property
+    def memblock(self) -> MemblockView: ...
+    @property
+    def pages(self) -> PagesView: ...
+    @property
+    def reserve_mem(self) -> ReserveMemView: ...
+    @property
+    def kexec_image(self) -> ImageView | None: ...
