@@ -26,13 +26,16 @@ MAY_USE: dict[str, set[str]] = {
     "kernel": BASE | {"machine", "abi"},
     "checks": BASE | {"machine", "abi"},
     "capture": BASE | {"machine", "abi"},
+    "inspect": BASE | {"machine", "abi", "checks", "capture"},
+    "conform": BASE | {"machine", "abi", "kernel", "checks", "capture"},
     "simulator": BASE | {"machine", "abi", "kernel", "checks", "capture"},
+    "scenario": BASE | {"machine", "kernel", "checks", "capture", "simulator"},
     "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "view": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore"},
     "cli": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore", "testing", "view"}
-    | {"__init__"},
+    | {"inspect", "conform", "scenario", "__init__"},
     "__main__": {"cli"},
     "__init__": {"errors", "simulator"},
 }

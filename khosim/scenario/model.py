@@ -1,0 +1,163 @@
+"""A scenario as data: a machine, its first kernel, and what each generation does.
+
+Made by :mod:`khosim.scenario.parse`, which has checked it: sizes, orders, names and counts are in
+their bounds, so that carrying it out ends, and soon.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Protocol
+
+from khosim.kernel.release import Release
+from khosim.machine.memory_map import MemoryMap
+
+if TYPE_CHECKING:
+    from khosim.scenario.play import Player
+
+__all__ = (
+    "ACCEPTED",
+    "COLD",
+    "MAX_CONTENT_BYTES",
+    "MAX_FOLIOS",
+    "MAX_GENERATIONS",
+    "MAX_STEPS",
+    "OUTCOMES",
+    "PANIC",
+    "REFUSED",
+    "GenerationSpec",
+    "KernelSpec",
+    "KexecSpec",
+    "Limits",
+    "Scenario",
+    "Step",
+    "StepFact",
+)
+
+MAX_GENERATIONS = 1000
+MAX_STEPS = 1000
+"""Steps in one generation's table."""
+MAX_FOLIOS = 1_000_000
+"""Folios that all generations together may allocate."""
+MAX_CONTENT_BYTES = 4 << 30
+"""Content that all generations together may write with new folios and pages."""
+
+ACCEPTED, REFUSED, COLD, PANIC = "accepted", "refused", "cold", "panic"
+OUTCOMES = (ACCEPTED, REFUSED, COLD, PANIC)
+"""What becomes of a handover: taken over; found and refused; never offered; the successor died."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepFact:
+    """What a step did: to how many blocks and bytes, in words where numbers do not say it."""
+
+    blocks: int = 0
+    len_bytes: int = 0
+    note: str = ""
+    unit: str = "block"
+    """What the blocks are, in the singular."""
+
+
+class Step(Protocol):
+    """One thing that a generation does.
+
+    ``expect`` is the name of an errno, or a word of the step's own.
+    """
+
+    @property
+    def do(self) -> str:
+        """What the step is called in scenario files."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """Where it stands: file, generation, step."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The group that the step is about, or empty."""
+        ...
+
+    @property
+    def expect(self) -> str:
+        """The refusal that must come, or empty."""
+        ...
+
+    def run(self, player: Player) -> StepFact:
+        """Do it. Raises the kernel's refusals, and :class:`khosim.InputError` for nonsense."""
+        ...
+
+
+@dataclasses.dataclass(slots=True)
+class Limits:
+    """What steps are checked against while a scenario is read."""
+
+    page_size: int
+    max_order: int
+    ram_bytes: int
+    repeats: int = 1
+    """How often the table at hand is carried out."""
+    names: set[str] = dataclasses.field(default_factory=set)
+    """Groups that earlier steps made."""
+    folios_left: int = MAX_FOLIOS
+    content_left: int = MAX_CONTENT_BYTES
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSpec:
+    """A kernel to start; sizes in bytes, None for what suits the machine."""
+
+    release: Release
+    cmdline: str
+    kernel_size: int | None = None
+    initrd: int | None = None
+    debug: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KexecSpec:
+    """How a generation ends; what is None stays as it was at the last boot.
+
+    ``expect`` is one of :data:`OUTCOMES`, or the errno with which the load must be refused.
+    """
+
+    place: str
+    release: Release | None = None
+    cmdline: str | None = None
+    kernel_size: int | None = None
+    initrd: int | None = None
+    debug: bool | None = None
+    crash: bool = False
+    expect: str = ACCEPTED
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """What one generation does, and how it ends unless it is the last."""
+
+    place: str
+    steps: tuple[Step, ...]
+    kexec: KexecSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A machine and its kernels. ``specs`` may be fewer than ``generations``: the last repeats."""
+
+    place: str
+    name: str
+    about: str
+    seed: int
+    memory_map: MemoryMap
+    page_size: int
+    allocator: str
+    kernel: KernelSpec
+    generations: int
+    specs: tuple[GenerationSpec, ...]
+    violations: frozenset[str] = frozenset()
+    """Names of the invariants that must speak."""
+
+    def spec_of(self, generation: int) -> GenerationSpec:
+        """The table of a generation, counted from 0."""
+        return self.specs[min(generation, len(self.specs) - 1)]

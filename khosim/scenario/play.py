@@ -1,0 +1,349 @@
+"""Carrying out a scenario: boots, steps, jumps, and what came of them.
+
+A :class:`Player` goes from generation to generation and yields the facts of each; its
+:class:`Result` is complete when the last one is through. It stops at the first thing that should
+not have happened. Everything follows from the scenario: equal scenarios give equal results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from khosim.errors import InputError, KernelError, KernelPanic, RamFault
+from khosim.kernel.image import KernelConfig, KernelImage
+from khosim.kernel.kernel import Kernel
+from khosim.kernel.trace import Event
+from khosim.scenario.contents import U64
+from khosim.scenario.facts import (
+    GenerationFacts,
+    StepRecord,
+    preserved_facts,
+    scratch_facts,
+    segment_facts,
+    struct_page_bytes,
+)
+from khosim.scenario.group import PRESERVED, Group
+from khosim.scenario.model import (
+    ACCEPTED,
+    COLD,
+    PANIC,
+    REFUSED,
+    KernelSpec,
+    KexecSpec,
+    Scenario,
+    Step,
+    StepFact,
+)
+from khosim.scenario.result import Result
+from khosim.scenario.steps_base import ALL, Unexpected
+from khosim.scenario.steps_content import Corrupt
+from khosim.simulator import Machine
+
+__all__ = ("Player", "play")
+
+_SMALL_RAM = 256 << 20
+_SMALL_KERNEL, _SMALL_INITRD, _INITRD = 4 << 20, 1 << 20, 8 << 20
+
+
+class Player:
+    """Carries out one scenario; ``groups`` and ``region_keys`` are the outside observer's notes."""
+
+    def __init__(
+        self, scenario: Scenario, *, listener: Callable[[Event], None] | None = None
+    ) -> None:
+        self.scenario = scenario
+        self.seed = scenario.seed
+        self.result = Result(scenario)
+        self.groups: dict[str, Group] = {}
+        self.region_keys: dict[str, U64] = {}
+        self.at_jump: list[Corrupt] = []
+        self._serial = 0
+        self._spec = scenario.kernel
+        self._kernel: Kernel | None = None
+        self.machine = Machine(
+            memory_map=scenario.memory_map,
+            page_size=scenario.page_size,
+            allocator=scenario.allocator,
+            seed=scenario.seed,
+        )
+        if listener is not None:
+            self.machine.listen(listener)
+
+    # -- what steps use -------------------------------------------------------------------------
+
+    @property
+    def kernel(self) -> Kernel:
+        """The running kernel; while bytes are corrupted at the jump, the one that just left."""
+        assert self._kernel is not None
+        return self._kernel
+
+    def serial(self) -> int:
+        """A number that was not given out before in this run."""
+        self._serial += 1
+        return self._serial
+
+    def groups_named(self, name: str) -> list[Group]:
+        """The group of a name, or every group."""
+        return list(self.groups.values()) if name == ALL else [self.groups[name]]
+
+    def error(self, place: str, cause: str) -> InputError:
+        """The error for a step that cannot be carried out."""
+        return InputError(place, cause)
+
+    # -- the run --------------------------------------------------------------------------------
+
+    def generations(self) -> Iterator[GenerationFacts]:
+        """Run, and yield each generation's facts when it is over; :attr:`result` is complete then.
+
+        Raises :class:`InputError` where the scenario asks for what makes no sense.
+        """
+        facts = self._cold_boot()
+        for number in range(self.scenario.generations):
+            self.result.kernels.append(facts)
+            if self._kernel is None or self.result.failures:
+                self._stop(facts)
+                yield facts
+                break
+            spec = self.scenario.spec_of(number)
+            done = self._run_steps(spec.steps, facts)
+            if not done or number == self.scenario.generations - 1:
+                self._stop(facts)
+                yield facts
+                break
+            successor = self._kexec(spec.kexec, facts)
+            yield facts
+            if successor is None:
+                break
+            facts = successor
+        self.result.judge(self.machine.check())
+
+    def _cold_boot(self) -> GenerationFacts:
+        spec = self.scenario.kernel
+        try:
+            self._kernel = self.machine.boot(
+                spec.release,
+                cmdline=spec.cmdline,
+                image=self._image(spec),
+                initrd=self._initrd(spec),
+            )
+        except KernelPanic as panic:
+            return self._panicked(spec, panic, "the first kernel")
+        except InputError as error:
+            raise InputError(f"{self.scenario.place}: {error.place}", error.cause) from None
+        return self._begin(spec, COLD)
+
+    def _begin(self, spec: KernelSpec, outcome: str) -> GenerationFacts:
+        kernel = self.kernel
+        return GenerationFacts(
+            generation=kernel.generation,
+            release=spec.release.name,
+            outcome=outcome,
+            cmdline=kernel.cmdline,
+            previous_release=kernel.kho_in.previous_release,
+            kexec_count=kernel.kho_in.kexec_count,
+            scratch=scratch_facts(kernel),
+            struct_page_bytes=struct_page_bytes(kernel),
+            page_size=kernel.arch.page_size,
+        )
+
+    def _panicked(self, spec: KernelSpec, panic: KernelPanic, who: str) -> GenerationFacts:
+        self._kernel = None
+        facts = GenerationFacts(self.machine.generation, spec.release.name, PANIC, spec.cmdline)
+        facts.messages.append(f"Kernel panic - not syncing: {panic.message}")
+        facts.end = PANIC
+        if who:
+            self.result.failures.append(f"{who} panicked: {panic.message}")
+        return facts
+
+    def _run_steps(self, steps: tuple[Step, ...], facts: GenerationFacts) -> bool:
+        for step in steps:
+            record = self._run_step(step, facts)
+            facts.steps.append(record)
+            if record.outcome not in ("ok", step.expect):
+                return False
+        return True
+
+    def _run_step(self, step: Step, facts: GenerationFacts) -> StepRecord:
+        fact = StepFact()
+        outcome = "ok"
+        try:
+            fact = step.run(self)
+            if step.expect:
+                outcome, text = "not refused", f"went through, but {step.expect} was expected"
+        except InputError as error:
+            raise InputError(self._place(error.place, facts), error.cause) from None
+        except KernelError as refused:
+            outcome, text = refused.name, str(refused)
+        except Unexpected as found:
+            outcome, text = found.word, str(found)
+        except (KernelPanic, RamFault) as panic:
+            outcome, text = PANIC, f"the kernel panicked: {panic}"
+            facts.end = PANIC
+        if outcome not in ("ok", step.expect):
+            self.result.failures.append(f"{self._place(step.place, facts)} ({step.do}): {text}")
+        note = text if outcome != "ok" else fact.note
+        return StepRecord(
+            do=step.do,
+            name=step.name,
+            blocks=fact.blocks,
+            unit=fact.unit,
+            len_bytes=fact.len_bytes,
+            outcome=outcome,
+            expect=step.expect,
+            note=note,
+        )
+
+    def _place(self, place: str, facts: GenerationFacts) -> str:
+        tables = len(self.scenario.specs)
+        repeated = f" in generation {facts.generation}" if facts.generation >= tables else ""
+        return place + repeated
+
+    def _stop(self, facts: GenerationFacts) -> None:
+        # This generation is the last.
+        facts.end = facts.end or "running"
+        if self._kernel is not None:
+            self._measure(facts)
+
+    def _measure(self, facts: GenerationFacts) -> None:
+        kernel = self.kernel
+        facts.messages = list(kernel.messages)
+        facts.managed_pages = kernel.total_ram_pages()
+        facts.free_pages = kernel.pages.nr_free_pages()
+        facts.preserved = preserved_facts(kernel)
+        prefix = "out/sub_fdts/"
+        facts.subtrees = [
+            path.removeprefix(prefix)
+            for path in kernel.debugfs.files()
+            if path.startswith(prefix)
+        ]
+
+    # -- handing over ---------------------------------------------------------------------------
+
+    def _kexec(self, kexec: KexecSpec, facts: GenerationFacts) -> GenerationFacts | None:
+        """Leave for the successor; None where the run ends here."""
+        kernel = self.kernel
+        spec = self._successor_spec(kexec)
+        try:
+            if kernel.kho_enable and not kexec.crash:
+                self._write_indexes()
+            self._measure(facts)
+            self._load_and_jump(spec, kexec.crash)
+        except KernelError as refused:
+            self._measure(facts)
+            facts.end = f"load refused: {refused}"
+            if refused.name != kexec.expect:
+                self.result.failures.append(f"{self._place(kexec.place, facts)}: {refused}")
+            return None
+        except (KernelPanic, RamFault) as panic:
+            facts.end = PANIC
+            self.result.failures.append(
+                f"{self._place(kexec.place, facts)}: the kernel panicked: {panic}"
+            )
+            return None
+        facts.end = "crash" if kexec.crash else "kexec"
+        facts.messages = list(kernel.messages)
+        facts.segments = segment_facts(kernel, facts.scratch)
+        was_offered = kernel.kho_enable and not kexec.crash
+        for corrupt in self.at_jump:
+            corrupt.strike(self, at_jump=True)
+        self.at_jump.clear()
+        self._spec = spec
+        return self._arrive(spec, kexec, facts, was_offered)
+
+    def _arrive(
+        self, spec: KernelSpec, kexec: KexecSpec, facts: GenerationFacts, was_offered: bool
+    ) -> GenerationFacts:
+        place = self._place(kexec.place, facts)
+        try:
+            self._kernel = self.machine.resume()
+        except KernelPanic as panic:
+            who = "" if kexec.expect == PANIC else f"{place}: the successor"
+            return self._panicked(spec, panic, who)
+        outcome = COLD if not was_offered else REFUSED
+        if self._kernel.is_kho_boot:
+            outcome = ACCEPTED
+            self.result.handovers += 1
+        for group in self.groups.values():
+            if outcome == ACCEPTED:
+                group.hand_over()
+            else:
+                group.lose()
+        successor = self._begin(spec, outcome)
+        if outcome != kexec.expect:
+            self.result.failures.append(
+                f"{place}: the handover was to be {kexec.expect}, but {_OUTCOME_TEXTS[outcome]}"
+            )
+        return successor
+
+    def _successor_spec(self, kexec: KexecSpec) -> KernelSpec:
+        last = self._spec
+        return KernelSpec(
+            release=kexec.release or last.release,
+            cmdline=last.cmdline if kexec.cmdline is None else kexec.cmdline,
+            kernel_size=last.kernel_size if kexec.kernel_size is None else kexec.kernel_size,
+            initrd=last.initrd if kexec.initrd is None else kexec.initrd,
+            debug=last.debug if kexec.debug is None else kexec.debug,
+        )
+
+    def _load_and_jump(self, spec: KernelSpec, crash: bool) -> None:
+        image, initrd = self._image(spec), self._initrd(spec)
+        if crash:
+            kimage = self.kernel.kexec_file_load(
+                image, initrd_bytes=initrd, cmdline=spec.cmdline, on_crash=True
+            )
+            self.kernel.kernel_kexec(kimage)
+        else:
+            self.machine.load_successor(
+                self.kernel, spec.release, cmdline=spec.cmdline, image=image, initrd=initrd
+            )
+
+    def _write_indexes(self) -> None:
+        # Each owner tells its successor where its blocks are.
+        kernel = self.kernel
+        largest = kernel.arch.page_size << kernel.arch.max_page_order
+        for group in self.groups.values():
+            if group.kind == "blob" or not len(group.select((PRESERVED,))):
+                continue
+            packed = group.packed_index(kernel.arch.page_shift)
+            for part, at in enumerate(range(0, len(packed), largest)):
+                piece = packed[at : at + largest]
+                folio = kernel.kho_alloc_preserve(len(piece))
+                folio.write(0, piece, by=group.owner)
+                subtree = group.name + (f"+{part}" if part else "")
+                kernel.kho_add_subtree(subtree, folio.phys, len(piece))
+                group.index.append((subtree, folio.phys, piece))
+
+    def _image(self, spec: KernelSpec) -> KernelImage:
+        size = spec.kernel_size
+        if size is None and self._is_small():
+            size = _SMALL_KERNEL
+        return KernelImage.build(
+            spec.release,
+            arch=self.scenario.memory_map.arch,
+            page_size=self.scenario.page_size,
+            config=KernelConfig(release=spec.release, debug=spec.debug),
+            size=size,
+        )
+
+    def _initrd(self, spec: KernelSpec) -> int:
+        if spec.initrd is not None:
+            return spec.initrd
+        return _SMALL_INITRD if self._is_small() else _INITRD
+
+    def _is_small(self) -> bool:
+        return self.scenario.memory_map.ram_bytes < _SMALL_RAM
+
+
+_OUTCOME_TEXTS = {
+    ACCEPTED: "it was accepted",
+    REFUSED: "it was refused",
+    COLD: "none was offered (KHO is off)",
+}
+
+
+def play(scenario: Scenario, *, listener: Callable[[Event], None] | None = None) -> Result:
+    """Carry a scenario out and return what came of it."""
+    player = Player(scenario, listener=listener)
+    for _ in player.generations():
+        pass
+    return player.result

@@ -1,0 +1,267 @@
+"""The simulator's front door: a machine, the kernels that run on it, and the checks around them.
+
+:class:`Machine` ties the hardware that survives (:mod:`khosim.machine`) to the kernels that do not
+(:mod:`khosim.kernel`) and to the auditor that watches both (:mod:`khosim.checks`). Nothing passes
+through it from one kernel to the next: a successor is booted from RAM and registers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from khosim.capture.dmesg import parse_dmesg
+from khosim.capture.folder import Capture
+from khosim.capture.iomem import parse_iomem
+from khosim.checks.auditor import Auditor
+from khosim.checks.violation import Violation
+from khosim.errors import InputError, KhoSimError
+from khosim.kernel.boot import boot
+from khosim.kernel.bootloader import load_kernel
+from khosim.kernel.image import KernelConfig, KernelImage
+from khosim.kernel.kernel import Kernel
+from khosim.kernel.page_policy import AdversarialPolicy, Policy
+from khosim.kernel.release import Release, find_release
+from khosim.kernel.trace import Event, Trace
+from khosim.machine.hardware import Hardware
+from khosim.machine.memory_map import MemoryMap
+from khosim.units import parse_size
+
+__all__ = ("Machine",)
+
+ALLOCATORS = ("linux", "adversarial")
+_DEFAULT_INITRD = {True: 1 << 20, False: 8 << 20}
+
+
+class Machine:
+    """A machine that survives kexec after kexec.
+
+    ``ram`` is a size (``"16G"``); ``nodes`` a number of equal nodes or their sizes. ``allocator``
+    is "linux" or "adversarial"; both are reproducible, the second from ``seed``. With
+    ``checks=False`` no invariants are recorded and :meth:`check` refuses.
+
+    ``kernel`` is the kernel that runs now, or None before the first boot and after a panic.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_auditor",
+        "_last_boot",
+        "allocator",
+        "generation",
+        "hardware",
+        "kernel",
+        "listeners",
+        "seed",
+    )
+
+    def __init__(
+        self,
+        ram: int | str = "1G",
+        *,
+        nodes: int | Sequence[int | str] = 1,
+        memoryless: Iterable[int] = (),
+        holes: Iterable[tuple[int, int]] = (),
+        arch: str = "x86_64",
+        page_size: int = 4096,
+        memory_map: MemoryMap | None = None,
+        allocator: str = "linux",
+        seed: int = 0,
+        checks: bool = True,
+        hardware: Hardware | None = None,
+    ) -> None:
+        if allocator not in ALLOCATORS:
+            raise InputError("allocator", f"{allocator!r} is not one of {', '.join(ALLOCATORS)}")
+        if hardware is None:
+            if memory_map is None:
+                memory_map = MemoryMap.from_size(
+                    ram, nodes=nodes, arch=arch, holes=holes, memoryless=memoryless
+                )
+            hardware = Hardware(memory_map, page_size)
+        self.hardware = hardware
+        self.allocator = allocator
+        self.seed = seed
+        self.generation = -1
+        self.kernel: Kernel | None = None
+        self.listeners: list[Trace] = []
+        """Called with every event of every kernel; see :meth:`listen`."""
+        self._auditor = Auditor(hardware) if checks else None
+        self._last_boot: tuple[KernelImage, int, str] | None = None
+
+    def __repr__(self) -> str:
+        ram = self.hardware.memory_map.ram_bytes
+        return f"Machine({self.hardware.arch}, {ram >> 20} MiB, generation {self.generation})"
+
+    # -- other ways to get one ------------------------------------------------------------------
+
+    @classmethod
+    def from_capture(cls, path: str | Path, **options: object) -> Machine:
+        """A machine with the memory map, nodes and page size of a golden capture."""
+        capture = Capture(path)
+        memory_map = capture.memory_map()
+        page_size = capture.page_size
+        return cls(memory_map=memory_map, page_size=page_size, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dmesg(cls, text: str, **options: object) -> Machine:
+        """A machine with the memory map and nodes that a kernel log tells of."""
+        return cls(memory_map=parse_dmesg(text).memory_map, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_iomem(cls, text: str, **options: object) -> Machine:
+        """A machine with the System RAM of a ``/proc/iomem``."""
+        return cls(memory_map=parse_iomem(text).memory_map, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | Path, **options: object) -> Machine:
+        """A machine from a saved RAM image; :meth:`resume` boots what it was about to boot."""
+        hardware, _ = Hardware.load(path)
+        return cls(hardware=hardware, **options)  # type: ignore[arg-type]
+
+    def save(self, path: str | Path) -> None:
+        """Save RAM, memory map and registers to a sparse image file."""
+        self.hardware.save(path)
+
+    # -- running kernels --------------------------------------------------------------------------
+
+    def boot(
+        self,
+        release: str | Release | None = None,
+        *,
+        cmdline: str = "",
+        image: KernelImage | None = None,
+        config: KernelConfig | None = None,
+        kernel_size: int | str | None = None,
+        initrd: int | str | None = None,
+    ) -> Kernel:
+        """A cold boot: the boot loader puts a kernel into RAM and starts it.
+
+        ``release`` is that of ``config`` where one is given, else 7.3.
+        ``kernel_size`` and ``initrd`` are sizes; small machines get small ones by default.
+        """
+        image = self._image(release, image, config, kernel_size)
+        initrd_bytes = self._initrd_bytes(initrd)
+        load_kernel(
+            self.hardware, image.data, initrd_bytes=initrd_bytes, cmdline=cmdline
+        )
+        self._last_boot = (image, initrd_bytes, cmdline)
+        if self._auditor is not None:
+            self._auditor.power_on()
+        return self.resume()
+
+    def load_successor(
+        self,
+        kernel: Kernel,
+        release: str | Release | None = None,
+        *,
+        cmdline: str | None = None,
+        image: KernelImage | None = None,
+        config: KernelConfig | None = None,
+        kernel_size: int | str | None = None,
+        initrd: int | str | None = None,
+    ) -> None:
+        """``kexec_file_load`` and the jump, without booting: RAM and registers are ready.
+
+        What is not given is as at the last boot. Raises the load's
+        :class:`~khosim.errors.KernelError`; the kernel is dead after a jump.
+        """
+        last_image, last_initrd, last_cmdline = self._last_boot or (None, None, "")
+        if release is None and image is None and config is None and kernel_size is None:
+            image = last_image
+        if release is None and config is None:
+            release = kernel.release
+        image = self._image(release, image, config, kernel_size)
+        initrd_bytes = last_initrd if initrd is None else None
+        if initrd_bytes is None:
+            initrd_bytes = self._initrd_bytes(initrd)
+        cmdline = last_cmdline if cmdline is None else cmdline
+        kimage = kernel.kexec_file_load(image, initrd_bytes=initrd_bytes, cmdline=cmdline)
+        kernel.kernel_kexec(kimage)
+        self._last_boot = (image, initrd_bytes, cmdline)
+        self.kernel = None
+
+    def kexec(self, kernel: Kernel, **options: object) -> Kernel:
+        """Load, freeze, jump, boot: returns the successor. Options of :meth:`load_successor`."""
+        self.load_successor(kernel, **options)  # type: ignore[arg-type]
+        return self.resume()
+
+    def resume(self) -> Kernel:
+        """Boot what the registers point at: after :meth:`load_successor` or :meth:`load`.
+
+        Raises :class:`~khosim.errors.KernelPanic` when that kernel dies in boot.
+        """
+        self.generation += 1
+        self.kernel = None
+        self.kernel = boot(
+            self.hardware,
+            self.generation,
+            policy=self._policy(),
+            trace=self._trace(),
+            host=self,
+        )
+        return self.kernel
+
+    def checkpoint(self, kernel: Kernel, stage: str) -> None:
+        """Called by kernels at their stages: the auditor looks at the machine."""
+        if self._auditor is not None:
+            self._auditor.observe(kernel, stage)
+
+    def check(self) -> list[Violation]:
+        """Every invariant, over all of RAM and the running kernel: the violations so far."""
+        if self._auditor is None:
+            raise KhoSimError("this machine was made with checks=False")
+        return self._auditor.check(self.kernel)
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Send every event of kernels booted from now on to ``listener``."""
+        self.listeners.append(listener)
+
+    # -- helpers ----------------------------------------------------------------------------------
+
+    def _trace(self) -> Trace | None:
+        if not self.listeners:
+            return None
+        if len(self.listeners) == 1:
+            return self.listeners[0]
+        listeners = tuple(self.listeners)
+
+        def fan_out(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
+
+        return fan_out
+
+    def _policy(self) -> Policy | None:
+        if self.allocator == "linux":
+            return None
+        return AdversarialPolicy(self.seed * 1_000_003 + self.generation)
+
+    def _image(
+        self,
+        release: str | Release | None,
+        image: KernelImage | None,
+        config: KernelConfig | None,
+        kernel_size: int | str | None,
+    ) -> KernelImage:
+        if image is not None:
+            return image
+        if config is not None:
+            if release is not None:
+                config = config.evolve(release=find_release(release))
+        elif kernel_size is None and self._is_small():
+            kernel_size = 4 << 20
+        return KernelImage.build(
+            "7.3" if release is None else release,
+            arch=self.hardware.arch,
+            page_size=self.hardware.page_size,
+            config=config,
+            size=kernel_size,
+        )
+
+    def _is_small(self) -> bool:
+        return self.hardware.memory_map.ram_bytes < 256 << 20
+
+    def _initrd_bytes(self, initrd: int | str | None) -> int:
+        if initrd is None:
+            return _DEFAULT_INITRD[self._is_small()]
+        return parse_size(initrd, what="initrd")

@@ -1,0 +1,305 @@
+"""The front door: machines, boots, kexecs, images, and that nothing else crosses a kexec."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from khosim import InputError, KernelError, KernelPanic, KhoSimError, Machine
+from khosim.kernel.image import KernelConfig, KernelImage
+from khosim.kernel.release import find_release
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPTURES = Path(__file__).resolve().parent / "golden" / "captures"
+MIB = 1 << 20
+
+
+# -- making one -----------------------------------------------------------------------------------
+
+
+def test_a_machine_from_a_size():
+    """Text or bytes; one node, x86-64 and 4 KiB pages unless told otherwise."""
+    machine = Machine("128M")
+    assert machine.hardware.arch == "x86_64"
+    assert machine.hardware.page_size == 4096
+    assert machine.hardware.memory_map.ram_ranges[-1][1] == 128 * MIB - (128 << 10)
+    assert Machine(128 * MIB).hardware.memory_map == machine.hardware.memory_map
+    assert repr(machine) == "Machine(x86_64, 127 MiB, generation -1)"
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"ram": "lots"}, "RAM"),
+        ({"ram": "1M"}, "RAM"),
+        ({"allocator": "best"}, "allocator"),
+        ({"page_size": 16384}, "page size"),
+        ({"arch": "mips"}, "arch"),
+    ],
+)
+def test_bad_machines(options, place):
+    """An InputError that names the place."""
+    with pytest.raises(InputError) as refused:
+        Machine(**options)
+    assert place.lower() in str(refused.value).lower()
+
+
+def test_a_machine_from_a_capture_a_log_and_iomem():
+    """The memory map and nodes that a real kernel told of."""
+    path = CAPTURES / "numa4g"
+    machine = Machine.from_capture(path)
+    assert machine.hardware.memory_map.online_nodes == (0, 1)
+    text = (path / "gen0" / "dmesg").read_text()
+    assert Machine.from_dmesg(text).hardware.memory_map == machine.hardware.memory_map
+    iomem = Machine.from_iomem((path / "gen0" / "iomem").read_text())
+    assert iomem.hardware.memory_map.ram_bytes > 4000 * MIB
+    arm = Machine.from_capture(CAPTURES / "arm64-16k")
+    assert (arm.hardware.arch, arm.hardware.page_size) == ("arm64", 16384)
+
+
+# -- running --------------------------------------------------------------------------------------
+
+
+def test_boot_and_kexec():
+    """The kernel of the moment, the generation, options carried over from boot to boot."""
+    machine = Machine("128M")
+    assert machine.kernel is None
+    kernel = machine.boot(cmdline="kho=on reserve_mem=4K:4096:x", initrd="2M")
+    assert machine.kernel is kernel
+    assert (machine.generation, kernel.generation) == (0, 0)
+    successor = machine.kexec(kernel)
+    assert machine.kernel is successor
+    assert (machine.generation, successor.generation) == (1, 1)
+    assert successor.cmdline == kernel.cmdline
+    assert successor.config == kernel.config
+    assert successor.initrd[1] - successor.initrd[0] == 2 * MIB
+    third = successor.kexec(cmdline="kho=on quiet", initrd=0)
+    assert third.cmdline == "kho=on quiet"
+    assert third.initrd == (0, 0)
+    assert not kernel.alive
+    assert not successor.alive
+
+
+def test_releases_and_configurations():
+    """By name, as an object with changes, or inside a configuration; unknown names are refused."""
+    machine = Machine("128M")
+    kernel = machine.boot("7.3", cmdline="kho=on")
+    assert kernel.release.name == "7.3"
+    assert kernel.config.kernel_bytes == 4 * MIB  # a small machine gets a small kernel
+    other = find_release("7.3").evolve(uname="7.3.99")
+    successor = kernel.kexec(release=other)
+    assert successor.release.uname == "7.3.99"
+    third = successor.kexec()
+    assert third.release.uname == "7.3.99"
+    assert third.kho_in.previous_release == "7.3.99"
+    config = KernelConfig(release=other, debug=True)
+    big = Machine("512M").boot(config=config)
+    assert big.config == config
+    with pytest.raises(InputError, match="is not one of"):
+        machine.boot("2.6")
+    with pytest.raises(InputError, match="no behaviour"):
+        find_release("7.3").evolve(wings=2)
+
+
+def test_a_refused_load_changes_nothing():
+    """The kernel lives on and can try again."""
+    machine = Machine("128M")
+    kernel = machine.boot(cmdline="kho=on kho_scratch=16M,4M,4M")
+    with pytest.raises(KernelError):
+        machine.kexec(kernel, initrd="30M")
+    assert machine.kernel is kernel
+    assert kernel.alive
+    assert machine.kexec(kernel).is_kho_boot
+
+
+def test_a_panic_leaves_a_machine_without_a_kernel():
+    """RAM is still there; a cold boot works."""
+    machine = Machine("128M")
+    kernel = machine.boot(cmdline="kho=on kho_scratch=16M,0,0")
+    with pytest.raises(KernelPanic) as death:
+        machine.kexec(kernel, initrd="9M")
+    assert death.value.generation == 1
+    assert machine.kernel is None
+    again = machine.boot(cmdline="kho=on", initrd="1M")
+    assert again.generation == 2
+    assert not again.is_kho_boot
+
+
+def test_a_kernel_without_a_machine_cannot_kexec_by_itself():
+    """kexec is the machine's work; loading and jumping is the kernel's."""
+    machine = Machine("64M")
+    kernel = machine.boot(cmdline="kho=on")
+    kernel.host = None
+    with pytest.raises(KhoSimError, match="without a Machine"):
+        kernel.kexec()
+
+
+def test_listeners_hear_every_kernel():
+    """Events of all generations, to every listener; none without listeners."""
+    machine = Machine("64M")
+    silent = machine.boot(cmdline="kho=on")
+    assert silent.trace is None
+    first, second = [], []
+    machine.listen(first.append)
+    kernel = machine.boot(cmdline="kho=on")
+    machine.listen(second.append)
+    kernel.kexec()
+    assert {event.generation for event in first} == {1, 2}
+    assert {event.generation for event in second} == {2}
+    symbols = {event.symbol for event in first}
+    assert {"kho_populate", "kho_init", "kexec_file_load", "machine_kexec", "printk"} <= symbols
+    assert all(isinstance(event.args, dict) for event in first)
+
+
+def test_equal_seeds_make_equal_runs():
+    """The adversarial allocator draws from the seed and nothing else."""
+
+    def run(seed):
+        machine = Machine("128M", allocator="adversarial", seed=seed)
+        kernel = machine.boot(cmdline="kho=on")
+        pfns = [kernel.alloc_folio(i % 3).pfn for i in range(20)]
+        successor = kernel.kexec()
+        return pfns, [successor.alloc_folio(0).pfn for _ in range(5)]
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert Machine("128M", allocator="adversarial", seed=1).check() == []
+
+
+def test_checks_can_be_left_out():
+    """Then asking for them is an error, not an empty answer."""
+    machine = Machine("64M", checks=False)
+    machine.boot(cmdline="kho=on").kexec()
+    with pytest.raises(KhoSimError, match="checks=False"):
+        machine.check()
+
+
+# -- images on disk -------------------------------------------------------------------------------
+
+
+def test_save_and_load(tmp_path):
+    """RAM, memory map and registers; a loaded machine has no kernel until it resumes."""
+    machine = Machine("64M")
+    kernel = machine.boot(cmdline="kho=on reserve_mem=4K:4096:x")
+    start, _ = kernel.reserve_mem.find_by_name("x")
+    kernel.ram.write(start, b"content", (0, "user"))
+    machine.load_successor(kernel)
+    assert machine.kernel is None
+    machine.save(tmp_path / "image")
+    loaded = Machine.load(tmp_path / "image")
+    assert loaded.kernel is None
+    assert loaded.hardware.registers == machine.hardware.registers
+    assert loaded.hardware.memory_map == machine.hardware.memory_map
+    successor = loaded.resume()
+    assert successor.reserve_mem.find_by_name("x")[0] == start
+    assert successor.ram.read(start, 7) == b"content"
+    with pytest.raises(InputError):
+        Machine.load(tmp_path / "nothing")
+
+
+# -- nothing else crosses a kexec -----------------------------------------------------------------
+
+# Run in both processes. Takes a machine that is about to boot; tells all of what came of it.
+DESCRIBE = '''
+import hashlib
+
+def describe(machine):
+    kernel = machine.resume()
+    ram = kernel.ram
+    digest = hashlib.sha256()
+    for start, end in ram.touched_ranges():
+        for phys in range(start, min(end, ram.size_bytes), ram.page_size):
+            content = ram.read(phys, min(ram.page_size, ram.size_bytes - phys))
+            if any(content):
+                digest.update(f"{phys:x}:".encode() + content)
+    columns = lambda a: [list(map(int, c)) for c in (a.base, a.end, a.flags, a.nid)]
+    return {
+        "messages": kernel.messages,
+        "cmdline": kernel.cmdline,
+        "config": repr(kernel.config),
+        "memory": columns(kernel.memblock.memory),
+        "reserved": columns(kernel.memblock.reserved),
+        "allocations": kernel.memblock.allocations,
+        "pages": [
+            [run.start_pfn, run.end_pfn, run.state.kind, run.state.order, run.state.owner]
+            for run in kernel.pages.pages.runs()
+        ],
+        "free": [list(zone.nr_free) for zone in kernel.pages.zones],
+        "scratch": kernel.scratch_areas(),
+        "reserve_mem": kernel.reserve_mem.regions,
+        "files": {path: kernel.debugfs.read(path).hex() for path in kernel.debugfs.files()},
+        "next pages": [kernel.alloc_folio(order).pfn for order in (0, 0, 3, 9)],
+        "ram": digest.hexdigest(),
+    }
+'''
+OTHER_PROCESS = DESCRIBE + '''
+import json, sys
+from khosim import Machine
+print(json.dumps(describe(Machine.load(sys.argv[1], allocator=sys.argv[2]))))
+'''
+
+
+@pytest.mark.parametrize(
+    ("options", "cmdline"),
+    [
+        ({"ram": "64M"}, "kho=on reserve_mem=64K:4096:x"),
+        ({"ram": "512M", "nodes": 2, "memoryless": [3]}, "kho=on log_buf_len=1M hugepages=3"),
+        ({"ram": "256M", "arch": "arm64", "page_size": 16384}, "kho=on reserve_mem=64K:16384:x"),
+    ],
+    ids=["x86", "numa", "arm64"],
+)
+def test_no_python_object_crosses(tmp_path, options, cmdline):
+    """A successor booted from a saved image in another process is the same, to the last byte."""
+    machine = Machine(**options)
+    kernel = machine.boot(cmdline=cmdline, kernel_size="4M", initrd="1M")
+    for i in range(20):
+        folio = kernel.alloc_folio(i % 4)
+        folio.write(0, b"state %d" % i)
+        kernel.kho_preserve_folio(folio)
+    blob = kernel.kho_alloc_preserve(100)
+    blob.write(0, b"blob")
+    kernel.kho_add_subtree("mine", blob.phys, 100)
+    machine.load_successor(kernel)
+    path = tmp_path / "image"
+    machine.save(path)
+    names: dict[str, object] = {}
+    exec(DESCRIBE, names)
+    here = json.loads(json.dumps(names["describe"](machine)))
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_PROCESS, str(path), "linux"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    there = json.loads(done.stdout)
+    assert there.keys() == here.keys()
+    for key in here:
+        assert there[key] == here[key], key
+    assert any("found kexec handover data" in line for line in here["messages"])
+
+
+def test_the_image_in_ram_is_what_boots():
+    """Another kernel's bytes at the entry point, and that kernel comes up."""
+    machine = Machine("128M")
+    kernel = machine.boot(cmdline="kho=on")
+    machine.load_successor(kernel)
+    other = KernelConfig(
+        release=find_release("7.3").evolve(uname="9.9.9"),
+        kernel_bytes=4 * MIB,
+        init_offset_bytes=3 * MIB,
+        init_bytes=512 << 10,
+        init_size_bytes=5 * MIB,
+    )
+    code = KernelImage.build("7.3", config=other).data[5 * 512 :]
+    machine.hardware.ram.write(machine.hardware.registers["rip"], code, (9, "poke"))
+    successor = machine.resume()
+    assert successor.release.uname == "9.9.9"
+    digest = hashlib.sha256(repr(successor.config).encode()).hexdigest()
+    assert digest == hashlib.sha256(repr(other).encode()).hexdigest()
