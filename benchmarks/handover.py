@@ -1,0 +1,73 @@
+"""What a whole handover costs, against starting a Python interpreter that does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from benchmarks.harness import Context, Record, best_of, start_python
+from khosim import Machine
+from khosim.kernel.kernel import Folio
+
+__all__ = ("handover",)
+
+_SMALL_RAM = "64M"
+_SMALL_CMDLINE = "kho=on reserve_mem=64K:4096:oops"
+_GOLDEN_CMDLINE = "kho=on log_buf_len=16M reserve_mem=2M:4096:oops"
+_GROWTH = ("1G", "16G", "256G", "1T", "16T")
+
+
+def handover(context: Context) -> Iterator[Record]:
+    """Boot, preserve, kexec, boot, restore and every invariant, all in one figure.
+
+    ``small`` is a 64 MiB machine with 16 folios; ``uma1g`` has 1 GiB and 600 preserved blocks like
+    the golden capture of that name; ``grow`` is the small one's work on ever larger hosts.
+    """
+    yield context.ratio(
+        "handover.small",
+        lambda: _one_handover(_SMALL_RAM, _SMALL_CMDLINE, 16),
+        start_python,
+        baseline="python -c pass",
+        limit=0.3,
+        rounds=40,
+        note="64 MiB, 16 folios, all invariants",
+    )
+    yield context.ratio(
+        "handover.uma1g",
+        lambda: _one_handover("1G", _GOLDEN_CMDLINE, 600),
+        start_python,
+        baseline="python -c pass",
+        limit=1.5,
+        rounds=20,
+        note="1 GiB, 600 blocks, all invariants",
+    )
+    small = best_of(lambda: _one_handover("1G", _SMALL_CMDLINE, 16), rounds=context.rounds(10))
+    for ram in _GROWTH[1:]:
+        seconds = best_of(_handover_of(ram), rounds=context.rounds(5))
+        yield Record(
+            name=f"handover.grow.{ram}",
+            baseline="the same on 1G",
+            measured=seconds,
+            against=small,
+        )
+
+
+def _handover_of(ram: str) -> Callable[[], None]:
+    return lambda: _one_handover(ram, _SMALL_CMDLINE, 16)
+
+
+def _one_handover(ram: str, cmdline: str, nr_folios: int) -> None:
+    machine = Machine(ram)
+    kernel = machine.boot(cmdline=cmdline)
+    folios: list[Folio] = []
+    for i in range(nr_folios):
+        folio = kernel.alloc_folio(i % 5)
+        folio.write(0, b"state of folio %d" % i)
+        kernel.kho_preserve_folio(folio)
+        folios.append(folio)
+    successor = machine.kexec(kernel)
+    for i, folio in enumerate(folios):
+        restored = successor.kho_restore_folio(folio.phys)
+        if restored is None or restored.read(0, 15) != (b"state of folio %d" % i)[:15]:
+            raise AssertionError(f"{folio} was not handed over")
+    if machine.check():
+        raise AssertionError(f"a plain handover violates {machine.check()}")

@@ -1,0 +1,116 @@
+"""What tracking preserved memory costs, against a radix tree in C that is fed page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.harness import Context, Record, best_of, best_of_each
+from khosim import Machine
+from khosim.kernel.kernel import Kernel
+
+__all__ = ("tracking",)
+
+_PAGE_SHIFT = 12
+_TIB_PAGES = 1 << (40 - _PAGE_SHIFT)
+_MILLION = 1_000_000
+_GROWTH_GIB = (1, 16, 256, 1024, 4096)
+
+
+def tracking(context: Context) -> Iterator[Record]:
+    """Preserve and walk: one range of 1 TiB, and a million scattered pages in one call."""
+    yield from _range(context)
+    yield from _scattered(context)
+
+
+def _range(context: Context) -> Iterator[Record]:
+    kernel = Machine("16T", nodes=1, checks=False).boot(cmdline="kho=on")
+
+    def preserve(nr_pages: int) -> None:
+        kernel.kho_preserve_pages(nr_pages, nr_pages)
+        if _walked_pages(kernel) < nr_pages:
+            raise AssertionError("the walk lost pages")
+        kernel.kho_unpreserve_pages(nr_pages, nr_pages)
+
+    native = context.native
+    if native is None:
+        yield Record(
+            name="tracking.range", baseline="C, page by page", limit=0.1, note=context.why_no_native
+        )
+    else:
+        measured, against = best_of_each(
+            lambda: preserve(_TIB_PAGES),
+            lambda: native.feed_run(_TIB_PAGES, _TIB_PAGES),
+            rounds=context.rounds(3),
+        )
+        yield Record(
+            name="tracking.range",
+            baseline="C, page by page",
+            measured=measured,
+            against=against,
+            limit=0.1,
+            note="1 TiB as one range of pages",
+        )
+    one_gib = best_of(lambda: preserve(1 << (30 - _PAGE_SHIFT)), rounds=context.rounds(20))
+    for gib in _GROWTH_GIB[1:]:
+        nr_pages = gib << (30 - _PAGE_SHIFT)
+        seconds = best_of(partial(preserve, nr_pages), rounds=context.rounds(20))
+        yield Record(
+            name=f"tracking.range.grow.{gib}G",
+            baseline="the same for 1G",
+            measured=seconds,
+            against=one_gib,
+        )
+
+
+def _scattered(context: Context) -> Iterator[Record]:
+    native = context.native
+    for tib in (1, 16):
+        pfns = _scattered_pfns(tib)
+        name = "tracking.scattered" if tib == 1 else f"tracking.scattered.grow.{tib}T"
+        limit = 5.0 if tib == 1 else None
+        if native is None:
+            yield Record(
+                name=name, baseline="C, page by page", limit=limit, note=context.why_no_native
+            )
+            continue
+        unsigned = pfns.astype(np.uint64)
+        measured, against = best_of_each(
+            partial(_preserve_scattered, pfns),
+            partial(native.feed_pfns, unsigned),
+            rounds=context.rounds(5),
+        )
+        yield Record(
+            name=name,
+            baseline="C, page by page",
+            measured=measured,
+            against=against,
+            limit=limit,
+            note=f"{len(pfns)} order-0 pages of {tib} TiB, machine and boot included",
+        )
+
+
+def _scattered_pfns(tib: int) -> npt.NDArray[np.int64]:
+    generator = np.random.default_rng(seed=tib)
+    low, high = 1 << (33 - _PAGE_SHIFT), tib * _TIB_PAGES - (1 << (33 - _PAGE_SHIFT))
+    pfns = np.unique(generator.integers(low, high, size=_MILLION + _MILLION // 50))
+    return generator.permutation(pfns)[:_MILLION]
+
+
+def _preserve_scattered(pfns: npt.NDArray[np.int64]) -> None:
+    kernel = Machine("16T", nodes=1, checks=False).boot(cmdline="kho=on")
+    before = _walked_pages(kernel)
+    kernel.kho_preserve_folios(pfns)
+    if _walked_pages(kernel) != before + len(pfns):
+        raise AssertionError("the walk lost pages")
+
+
+def _walked_pages(kernel: Kernel) -> int:
+    total = 0
+    for nr_keys, key in kernel.kho_out.tree.walk():
+        if nr_keys:
+            total += nr_keys << (64 - _PAGE_SHIFT - (key.bit_length() - 1))
+    return total
