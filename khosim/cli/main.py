@@ -40,6 +40,8 @@ __all__ = ("COMMANDS", "main")
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("khosim.cli.run", "hand over from kernel to kernel and check every invariant"),
     "memblock": ("khosim.cli.memblock", "run memblock call sequences from a file"),
+    "replay": ("khosim.cli.replay", "make a real boot's memblock calls again and compare"),
+    "inspect": ("khosim.cli.inspect", "decode a real handover and say what is torn"),
 }
 """Name of each subcommand: its module, and what it does in one line."""
 

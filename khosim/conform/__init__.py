@@ -1,0 +1,1 @@
+"""Holding the simulated kernel against what real kernels did."""

@@ -1,0 +1,159 @@
+"""``khosim replay``: real boots replayed, from a capture, one of its generations, or a lone log.
+
+Every memblock call that ``memblock=debug`` logged is made again and each address compared; then
+``kho_memory_init`` reserves scratch, or on a handover what the predecessor preserved. See
+:mod:`khosim.conform.engine` for how, :mod:`khosim.conform.silent_steps` for what is not in the log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from khosim.capture.folder import Capture, CapturedGeneration
+from khosim.conform.boot_facts import BootFacts, read_facts
+from khosim.conform.dmesg_calls import parse_calls
+from khosim.conform.engine import Engine
+from khosim.conform.predecessor import Predecessor
+from khosim.conform.start import start_memblock
+from khosim.conform.state import Difference
+from khosim.errors import InputError
+from khosim.kernel.memblock import Memblock
+
+__all__ = ("Replay", "replay_dmesg", "replay_generation", "replay_path")
+
+_MAX_LOG_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """How one boot's replay came out.
+
+    ``allocations`` is the number of logged allocations, ``same`` how many of them khosim placed
+    identically, ``preserved`` how many reservations of preserved memory came out the same of
+    ``nr_preserved`` logged ones. ``scratch`` lists the areas, (address, length), that the simulator
+    reserved, or took over from the predecessor; ``memblock`` is left as ``kho_memory_init`` left
+    it.
+    """
+
+    name: str
+    facts: BootFacts
+    allocations: int
+    same: int
+    differences: tuple[Difference, ...]
+    scratch: tuple[tuple[int, int], ...]
+    preserved: int
+    nr_preserved: int
+    memblock: Memblock
+
+    def as_json(self) -> dict[str, Any]:
+        """The outcome for programs."""
+        return {
+            "allocations": self.allocations,
+            "same": self.same,
+            "different": [difference._asdict() for difference in self.differences],
+            "scratch": [list(area) for area in self.scratch],
+            "preserved": self.nr_preserved,
+            "preserved_same": self.preserved,
+        }
+
+
+def replay_path(path: str | Path) -> list[Replay]:
+    """Replay a capture folder, a generation's folder, or a log file.
+
+    Raises :class:`InputError` for what cannot be replayed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "capture.json").exists() and (path / "dmesg").exists():
+            if (path.parent / "capture.json").exists():
+                capture = Capture(path.parent)
+                return [replay_generation(capture, capture.generation(path.resolve().name))]
+            path = path / "dmesg"
+        else:
+            capture = Capture(path)
+            return [replay_generation(capture, one) for one in capture.generations]
+    try:
+        size = path.stat().st_size
+        if size > _MAX_LOG_BYTES:
+            raise InputError(str(path), f"too large for a kernel log ({size} bytes)")
+        text = path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise InputError(str(path), error.strerror or str(error)) from None
+    return [replay_dmesg(text, name=path.name, place=str(path))]
+
+
+def replay_dmesg(text: str, *, name: str = "dmesg", place: str = "dmesg") -> Replay:
+    """Replay a lone log. What a predecessor handed over is read from the log's own dumps."""
+    return _replay(text, name, place, None, None, None)
+
+
+def replay_generation(capture: Capture, generation: CapturedGeneration) -> Replay:
+    """Replay one generation of a capture, the one before it as its predecessor.
+
+    The scratch areas are compared with those that the kernel showed in debugfs.
+    """
+    before = capture.generations[generation.index - 1] if generation.index else None
+    predecessor = Predecessor(before, generation, capture.arch) if before is not None else None
+    place = str(generation.path / "dmesg")
+    return _replay(generation.dmesg, generation.name, place, capture, predecessor, generation)
+
+
+def _replay(
+    text: str,
+    name: str,
+    place: str,
+    capture: Capture | None,
+    predecessor: Predecessor | None,
+    generation: CapturedGeneration | None,
+) -> Replay:
+    events = parse_calls(text, place=place)
+    facts = read_facts(
+        events,
+        place=place,
+        arch=capture.arch if capture else None,
+        page_size=capture.page_size if capture else None,
+    )
+    if not facts.kho_boot:
+        predecessor = None
+    starts, incoming = start_memblock(
+        events, facts, predecessor.scratch_areas() if predecessor else None
+    )
+    if not facts.complete:
+        last = text.count("\n") + 1
+        cause = f"cut short at line {last}: boot does not come to the page allocator"
+        raise InputError(place, cause)
+    engine = Engine(events, facts, predecessor, incoming)
+    state = engine.run(starts)
+    differences = list(state.differences)
+    if generation is not None and (state.scratch or generation.has("kho/out/scratch_phys")):
+        differences += _compare_areas(state.scratch, generation.scratch_areas)
+    return Replay(
+        name=name,
+        facts=facts,
+        allocations=engine.nr_allocations,
+        same=state.same,
+        differences=tuple(sorted(set(differences), key=_by_line)),
+        scratch=tuple(state.scratch),
+        preserved=state.preserved,
+        nr_preserved=engine.nr_preserved,
+        memblock=state.memblock,
+    )
+
+
+def _by_line(difference: Difference) -> tuple[int, str]:
+    return difference.line, difference.call
+
+
+def _compare_areas(
+    simulated: list[tuple[int, int]], real: tuple[tuple[int, int], ...]
+) -> list[Difference]:
+    found = []
+    for nth in range(max(len(simulated), len(real))):
+        said = real[nth] if nth < len(real) else (None, None)
+        own = simulated[nth] if nth < len(simulated) else (None, None)
+        for name, left, right in zip(("scratch_phys", "scratch_len"), said, own, strict=True):
+            if left != right:
+                found.append(Difference(0, f"kho/out/{name}[{nth}]", left, right))
+    return found
