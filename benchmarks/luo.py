@@ -94,9 +94,9 @@ def _hand_over(gib: int) -> tuple[float, float, float, int]:
         assert isinstance(args.file, Memfd)
         return args.file
 
-    def run(machine: Machine, gib_per_file: int) -> list[float]:
+    def run(machine: Machine, mib_per_file: int) -> list[float]:
         kernel = machine.boot(cmdline="kho=on")
-        files = [memfd(kernel, f"vm{n}", size=f"{gib_per_file}G", nid=n) for n in range(2)]
+        files = [memfd(kernel, f"vm{n}", size=f"{mib_per_file}M", nid=n) for n in range(2)]
         for n, file in enumerate(files):
             file.fallocate(0, file.size)
             file.write(file.size - 9, b"content %d" % n)
@@ -112,8 +112,8 @@ def _hand_over(gib: int) -> tuple[float, float, float, int]:
                 raise AssertionError("the guest lost its content")
         return laps
 
-    run(Machine("8G", nodes=2, checks=False), 1)  # what is loaded on first use is not the guest's
+    run(Machine("16G", nodes=2, checks=False), 64)  # what is loaded on first use is not counted
     before = resident_bytes()
-    machine = Machine(f"{gib * 2}G", nodes=2, checks=False)
-    start, preserved, booted, done = run(machine, gib // 2)
+    machine = Machine(f"{max(16, gib * 2)}G", nodes=2, checks=False)
+    start, preserved, booted, done = run(machine, gib * 512)
     return preserved - start, booted - preserved, done - booted, resident_bytes() - before

@@ -1,0 +1,1 @@
+"""The Live Update Orchestrator of one kernel: sessions, files, shared state."""
