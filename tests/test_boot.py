@@ -280,6 +280,24 @@ def test_kho_off_in_a_successor():
     assert machine.check() == []
 
 
+def test_a_successor_that_takes_itself_for_a_kdump_kernel():
+    """Hazard: any elfcorehdr= leaves what was preserved unprotected, and KHO half alive."""
+    _, kernel = boot("kho=on reserve_mem=64K:4096:x", "128M")
+    folio = kernel.alloc_folio(2)
+    kernel.kho_preserve_folio(folio)
+    regions = kernel.reserve_mem.regions
+    successor = kernel.kexec(cmdline="kho=on reserve_mem=64K:4096:x elfcorehdr=")
+    assert "Malformed early option 'elfcorehdr'" in successor.messages
+    assert "KHO: disabled in the kdump kernel" in successor.messages
+    assert not successor.kho_enable
+    assert successor.is_kho_boot
+    assert successor.page(folio.pfn).kind == "free"
+    assert successor.kho_restore_folio(folio.phys) is None
+    # Revived, but nobody reserved its memory.
+    assert successor.reserve_mem.regions == regions
+    assert successor.page(regions[0][1] >> 12).kind == "free"
+
+
 def test_a_larger_successor():
     """As long as it fits into one scratch area; else the load is refused and the kernel lives."""
     _, kernel = boot("kho=on kho_scratch=32M,64M,32M", "256M")

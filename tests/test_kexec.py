@@ -322,6 +322,46 @@ def test_loading_again_frees_the_first_image(kernel):
     assert free - kernel.pages.nr_free_pages() == used
 
 
+@pytest.mark.parametrize(("initrd_pages", "tables"), [(251, 4), (252, 5)])
+def test_the_pages_a_load_takes(kernel, initrd_pages, tables):
+    """The segments' own, a control and a swap page, and tables of 511 entries.
+
+    One entry per page, one per segment, one to end the list. Without the initrd: kernel 1280 pages,
+    purgatory 5, boot parameters 3, scratch array 1; with it five segments.
+    """
+    free = kernel.pages.nr_free_pages()
+    kimage = kernel.kexec_file_load(SMALL, initrd_bytes=initrd_pages * 4096)
+    sizes = {segment.name: segment.memsz >> 12 for segment in kimage.segments}
+    total = sum(sizes.values())
+    entries = total + 5 + 1
+    assert -(-entries // 511) == tables
+    assert free - kernel.pages.nr_free_pages() == total + 2 + tables
+    kimage.unload()
+    assert kernel.pages.nr_free_pages() == free
+
+
+def test_a_load_is_traced():
+    """Each placement, then the load, then the jump with its registers."""
+    events = []
+    kernel = Machine("128M", trace=events.append).boot(
+        cmdline="kho=on kho_scratch=16M,8M,4M", kernel_size="4M", initrd="1M"
+    )
+    events.clear()
+    kimage = kernel.kexec_file_load(SMALL, initrd_bytes=5000)
+    placed = [(e.args, e.result) for e in events if e.symbol == "kexec_add_buffer"]
+    assert placed == [
+        ({"name": segment.name, "memsz": segment.memsz}, segment.mem)
+        for segment in kimage.segments
+    ]
+    assert [segment.memsz for segment in kimage.segments if segment.name == "initrd"] == [8192]
+    (load,) = [event for event in events if event.symbol == "kexec_file_load"]
+    assert load.args == {"segments": {segment.name: segment.mem for segment in kimage.segments}}
+    assert load.result == 0
+    kernel.kernel_kexec(kimage)
+    (jump,) = [event for event in events if event.symbol == "machine_kexec"]
+    assert (jump.phase, jump.args, jump.result) == ("machine_kexec", kimage.entry, None)
+
+
 # -- the bytes, x86-64 ----------------------------------------------------------------------------
 
 
@@ -460,6 +500,29 @@ def test_a_crash_image_lies_in_its_region_already():
     assert page[4096 : 4096 + len(command)] == command
     assert kernel.kexec_image is None
     assert kernel.crash_image is kimage
+
+
+def test_a_second_crash_image_takes_the_first_ones_place():
+    """The first is dropped before anything of the second is looked at, even if that fails."""
+    _, kernel = crash_machine()
+    first = kernel.kexec_file_load(SMALL, initrd=b"first", on_crash=True)
+    second = kernel.kexec_file_load(SMALL, initrd=b"2nd", on_crash=True)
+    assert kernel.crash_image is second
+    assert [s.mem for s in first.segments] == [s.mem for s in second.segments]
+    assert kernel.ram.read(segments_of(second)["initrd"].mem, 6) == b"2nd\0\0\0"
+    with pytest.raises(KernelError):
+        kernel.kexec_file_load(b"", on_crash=True)
+    assert kernel.crash_image is None
+
+
+@pytest.mark.parametrize(("nr_cpus", "size"), [(1, 4096), (68, 4096), (69, 8192)])
+def test_the_size_of_the_elf_core_headers(nr_cpus, size):
+    """64 + 56 * (CPUs + vmcoreinfo + 2 ranges + kernel text), whole pages: 68 CPUs fill one."""
+    machine = Machine("256M", nr_cpus=nr_cpus)
+    kernel = machine.boot(cmdline="crashkernel=32M", kernel_size="4M", initrd="1M")
+    kimage = kernel.kexec_file_load(SMALL, on_crash=True)
+    assert kimage.elf_headers_bytes == size
+    assert segments_of(kimage)["elfcorehdr"].memsz == size
 
 
 def test_a_crash_kernels_memory_map():

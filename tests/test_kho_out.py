@@ -13,6 +13,7 @@ from khosim.abi import fdt
 from khosim.kernel.boot import boot
 from khosim.kernel.bootloader import load_kernel
 from khosim.kernel.image import KernelConfig, KernelImage
+from khosim.kernel.kho_out import int_shift
 from khosim.kernel.kho_radix import kho_decode_radix_key
 from khosim.kernel.release import find_release
 
@@ -103,16 +104,15 @@ def test_the_other_order_is_another_key(kernel):
 def test_many_folios_at_once_are_as_many_single_ones(kernel):
     """preserve_folios and preserve_folio_range leave what a loop leaves."""
     twin = Machine("64M").boot(cmdline="kho=on")
-    pfns = [run[0] + i for run in kernel.alloc_folios(300) for i in range(run[1])]
-    others = [run[0] + i for run in twin.alloc_folios(300) for i in range(run[1])]
-    assert pfns == others
-    kernel.kho_preserve_folios(np.array(pfns[:200], dtype=np.int64))
-    kernel.kho_out.preserve_folio_range(pfns[200], 100, 0)
-    for pfn in others:
-        twin.kho_out.preserve_folio(pfn, 0)
+    pfns = list(range(0x1000, 0x1000 + 300 * 4, 4))
+    kernel.kho_preserve_folios(np.array(pfns[:200], dtype=np.int64), 2)
+    kernel.kho_out.preserve_folio_range(pfns[200], 100, 2)
+    for pfn in pfns:
+        twin.kho_out.preserve_folio(pfn, 2)
     assert preserved(kernel) == preserved(twin)
-    kernel.kho_out.unpreserve_folio_range(pfns[200], 100, 0)
-    assert not {(pfn, 0) for pfn in pfns[200:]} & set(preserved(kernel))
+    kernel.kho_out.unpreserve_folio_range(pfns[200], 100, 2)
+    assert not {(pfn, 2) for pfn in pfns[200:]} & set(preserved(kernel))
+    assert (pfns[199], 2) in preserved(kernel)
 
 
 # -- ranges of pages ------------------------------------------------------------------------------
@@ -169,6 +169,15 @@ def test_the_split_is_a_behaviour_of_the_release():
     before = preserved(kernel)
     kernel.kho_preserve_pages((128 * MIB) >> 12, (64 * MIB) >> 12)
     assert new(kernel, before) == [((128 * MIB) >> 12, 14)]
+
+
+@pytest.mark.parametrize(
+    ("order", "step"),
+    [(0, 1), (30, 1 << 30), (31, -(1 << 31)), (32, 1), (62, 1 << 30), (-1, -(1 << 31))],
+)
+def test_the_step_is_a_c_int(order, step):
+    """1 << order: negative at 31, and the CPU takes the shift count modulo 32."""
+    assert int_shift(order) == step
 
 
 def test_pfn_0_has_no_alignment(kernel):
@@ -244,7 +253,15 @@ def test_scratch_may_not_be_preserved(debug_kernel):
     assert sum(line.startswith("WARNING: kho_preserve") for line in kernel.messages) == 5
     kernel.kho_out.unpreserve_folio(first - 1, 0)
     assert preserved(kernel) == before
+    # Right up to the area's edge on either side is fine.
     kernel.kho_preserve_pages(first - 1, 1)
+    kernel.kho_out.preserve_folio(first - 4, 2)
+    kernel.kho_preserve_folios(np.array([first - 8], np.int64), 2)
+    kernel.kho_out.preserve_folio_range(first - 16, 2, 2)
+    areas = sorted(kernel.scratch_areas())
+    end = max(addr + size for addr, size in areas) >> 12
+    kernel.kho_out.preserve_folio(end, 0)
+    assert sum(line.startswith("WARNING") for line in kernel.messages) == 5
     assert size == 4 * MIB
 
 
@@ -381,6 +398,7 @@ def test_a_damaged_root_fdt(kernel):
 
 def test_a_name_that_debugfs_refuses(kernel):
     """The subtree is added all the same; the kernel warns once."""
+    assert not any("WARNING" in line for line in kernel.messages)
     kernel.kho_add_subtree("a/b", 0x1000, 10)
     kernel.kho_add_subtree("c/d", 0x2000, 10)
     assert list(subtrees(kernel))[:2] == ["c/d", "a/b"]
@@ -471,6 +489,44 @@ def test_the_root_fdt_of_a_new_kernel(kernel):
     assert size == 73
     release = b"7.3.4".ljust(65, b"\0")
     assert kernel.ram.read(phys, 73) == struct.pack("<I65sI", 1, release, 1)
+
+
+def test_the_trace_tells_of_every_call():
+    """Symbol, arguments and result of each, in order."""
+    machine = Machine("64M")
+    events = []
+    machine.listen(events.append)
+    kernel = machine.boot(cmdline="kho=on")
+    folio = kernel.alloc_folio(2)
+    del events[:]
+    kernel.kho_preserve_folio(folio)
+    kernel.kho_unpreserve_folio(folio)
+    kernel.kho_preserve_pages(16, 3)
+    kernel.kho_unpreserve_pages(16, 3)
+    kernel.kho_preserve_folios(np.array([16, 17], np.int64))
+    kernel.kho_out.preserve_folio_range(20, 2, 1)
+    kernel.kho_out.unpreserve_folio_range(20, 2, 1)
+    kernel.kho_add_subtree("a", 0x5000, 9)
+    kernel.kho_remove_subtree(0x5000)
+    with pytest.raises(KernelError):
+        kernel.kho_add_subtree("kexec-metadata", 1, 1)
+    told = [
+        (event.symbol, event.args, event.result)
+        for event in events
+        if event.symbol.startswith("kho_") and "radix" not in event.symbol
+    ]
+    assert told == [
+        ("kho_preserve_folio", {"pfn": folio.pfn, "order": 2}, 0),
+        ("kho_unpreserve_folio", {"pfn": folio.pfn, "order": 2}, None),
+        ("kho_preserve_pages", {"pfn": 16, "nr_pages": 3}, 0),
+        ("kho_unpreserve_pages", {"pfn": 16, "nr_pages": 3}, None),
+        ("kho_preserve_folio", {"nr_folios": 2, "order": 0}, 0),
+        ("kho_preserve_folio", {"pfn": 20, "order": 1, "nr_folios": 2}, 0),
+        ("kho_unpreserve_folio", {"pfn": 20, "order": 1, "nr_folios": 2}, None),
+        ("kho_add_subtree", {"name": "a", "phys": 0x5000, "size": 9}, 0),
+        ("kho_remove_subtree", {"phys": 0x5000}, None),
+        ("kho_add_subtree", {"name": "kexec-metadata", "phys": 1, "size": 1}, -errno.EEXIST),
+    ]
 
 
 def test_errors_name_the_kernels_errno(kernel):

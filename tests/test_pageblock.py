@@ -39,7 +39,7 @@ def test_ranges_colour_every_pageblock_they_touch(
         assert all(left[2] != right[2] for left, right in pairwise(runs))
 
 
-@pytest.mark.parametrize("nr_blocks", [1, 5, 40, 1000])
+@pytest.mark.parametrize("nr_blocks", [1, 5, 40, 1000, 10_000])
 def test_long_ranges_are_cut_like_short_ones(nr_blocks: int) -> None:
     """One foreign pageblock at any place is found."""
     blocks = Pageblocks(9, nr_blocks << 9)

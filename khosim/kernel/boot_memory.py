@@ -5,7 +5,7 @@ Models the boot-time users of ``mm/memblock.c`` @ 7.3 that decide how much scrat
 ``mm/sparse-vmemmap.c`` (the memmap), ``mm/percpu.c:pcpu_embed_first_chunk``,
 ``mm/mm_init.c:alloc_large_system_hash`` and ``kernel/dma/swiotlb.c``. Sizes follow the kernel's
 formulas. Small allocations that follow each other are made as one of their total size; those that
-boot gives back at once are left out.
+boot gives back at once are left out, and so are CMA areas (``cma=``).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = (
     "setup_per_cpu_areas",
     "sparse_init",
     "swiotlb_init",
+    "top_gap",
 )
 
 _SMP_CACHE_BYTES = 64
@@ -224,7 +225,7 @@ def alloc_units(
     memblock = kernel.memblock
     low = kernel.arch.dma_address if low is None else low
     while count:
-        gap = _top_gap(kernel, unit, nid, low)
+        gap = top_gap(kernel, unit, nid, low, memblock.current_limit)
         if gap is None or count == 1:
             # No room above the wanted address, or on this node: the single call falls back.
             if not memblock.memblock_alloc_try_nid_raw(unit, unit, low, _NOLEAKTRACE, nid):
@@ -239,10 +240,12 @@ def alloc_units(
     return 0
 
 
-def _top_gap(kernel: Kernel, unit: int, nid: int, low: int) -> tuple[int, int] | None:
-    """The highest free range on ``nid`` that holds an aligned unit: where one call would go."""
+def top_gap(kernel: Kernel, unit: int, nid: int, low: int, high: int) -> tuple[int, int] | None:
+    """The highest free range in ``[low, high)`` on ``nid`` (-1: any) for a unit aligned to itself.
+
+    A top-down allocation of one unit goes to its end, and further ones below it.
+    """
     memblock = kernel.memblock
-    high = memblock.current_limit
     flags = MEMBLOCK_KHO_SCRATCH if memblock.kho_scratch_only else MEMBLOCK_NONE
     for start, end, _nid in memblock.for_each_free_mem_range(nid, flags, True):
         start = (max(start, low) + unit - 1) & -unit

@@ -2,8 +2,8 @@
 
 Models ``arch/x86/kernel/setup.c``, ``ebda.c``, ``arch/x86/realmode/init.c``,
 ``arch/x86/mm/{init,numa}.c`` and ``mm/numa_memblks.c`` @ 7.3. Left out: EFI, MTRRs, ACPI and MP
-tables (in memory that is not RAM), 1 GiB pages in the direct map, KASLR; nodes are read from the
-machine where Linux reads the SRAT.
+tables (in memory that is not RAM), indirect setup_data, 1 GiB pages in the direct map, KASLR; nodes
+are read from the machine where Linux reads the SRAT.
 """
 
 from __future__ import annotations
@@ -286,15 +286,21 @@ class _PageTables:
         return wanted
 
     def _alloc_low_pages(self, nr_pages: int, low: int, high: int) -> None:
-        alloc = self._kernel.memblock.memblock_phys_alloc_range
-        is_ram = self._kernel.hardware.is_ram
-        for _ in range(nr_pages):
-            phys = alloc(_PAGE, _PAGE, low, high) if low < high else 0
+        # One table after the other, as many at once as fit side by side.
+        kernel = self._kernel
+        while nr_pages:
+            gap = boot_memory.top_gap(kernel, _PAGE, -1, max(low, _PAGE), high)
+            if low >= high or gap is None:
+                raise KernelPanic("alloc_low_pages: can not alloc memory")
+            start, end = gap
+            fit = min(nr_pages, (end - start) // _PAGE)
+            phys = kernel.memblock.memblock_phys_alloc_range(fit * _PAGE, _PAGE, start, end)
             if not phys:
                 raise KernelPanic("alloc_low_pages: can not alloc memory")
-            if not is_ram(phys, _PAGE):
+            if not kernel.hardware.is_ram(phys, fit * _PAGE):
                 # A table of ones maps nothing: the kernel dies before it has made many of them.
-                raise early_fault(self._kernel, phys, "page table")
+                raise early_fault(kernel, phys, "page table")
+            nr_pages -= fit
 
 
 def _reserve_initrd(kernel: Kernel, params: BootParams) -> None:

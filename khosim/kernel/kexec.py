@@ -26,7 +26,6 @@ __all__ = ("KexecBuf", "Kimage", "Segment", "kexec_file_load", "machine_kexec")
 
 _ULONG_MAX = (1 << 64) - 1
 _SEGMENT_MAX = 16
-_KEXEC_CONTROL_PAGE_BYTES = 4096
 
 
 class KexecBuf(NamedTuple):
@@ -190,6 +189,8 @@ class Kimage:
     def load_segments(self) -> None:
         """``kimage_load_segment`` for each: copy the bytes into RAM.
 
+        Source pages that hold nothing but zeros are taken but not cleared.
+
         Raises -ENOMEM without pages and gives back what it took.
         """
         kernel = self._kernel
@@ -206,18 +207,18 @@ class Kimage:
         page = kernel.arch.page_size
         nr_total = sum(segment.memsz >> shift for segment in self.segments)
         # The control page, the swap page, and a page of entries for each page full of them.
-        order = (_KEXEC_CONTROL_PAGE_BYTES - 1 >> shift).bit_length()
         entries = nr_total + len(self.segments) + 1
-        self._take(2 + -(-entries // (page // 8 - 1)) << order, "kimage_alloc_control_pages")
+        self._take(2 + -(-entries // (page // 8 - 1)), "kimage_alloc_control_pages")
         for segment in self.segments:
             runs = self._take(segment.memsz >> shift, segment.name)
             done = 0
             for pfn, count in runs:
                 size = count << shift
                 piece = segment.data[done : done + size]
-                if piece:
-                    ram.write(pfn << shift, piece, by)
-                ram.zero((pfn << shift) + len(piece), size - len(piece), by)
+                if not piece:
+                    break  # pages of zeros: written at their destination alone
+                ram.write(pfn << shift, piece, by)
+                ram.zero((pfn << shift) + len(piece), -len(piece) & (page - 1), by)
                 done += size
 
     def _take(self, nr_pages: int, what: str) -> list[tuple[int, int]]:
@@ -243,11 +244,18 @@ class Kimage:
         kernel = self._kernel
         shift = kernel.arch.page_shift
         by = kernel.by("relocate_kernel")
-        pieces = []
+        page = kernel.arch.page_size
+        pieces: list[tuple[int, int, int]] = []
+        zeros: list[tuple[int, int, int]] = []
         for segment, runs in zip(self.segments, self.source_runs, strict=False):
+            filled = (len(segment.data) + page - 1) & -page
+            end = segment.mem + filled
+            zeros += self._onto_ram(0, end, segment.memsz - filled)
             at = segment.mem
             for pfn, count in runs:
-                pieces += self._onto_ram(pfn << shift, at, count << shift)
+                if at >= end:
+                    break
+                pieces += self._onto_ram(pfn << shift, at, min(count << shift, end - at))
                 at += count << shift
         # Without KHO a destination may hold another segment's source: read all first then.
         overlap = any(
@@ -262,7 +270,8 @@ class Kimage:
         else:
             for src, dst, size in pieces:
                 kernel.ram.copy(src, dst, size, by)
-
+        for _, dst, size in zeros:
+            kernel.ram.zero(dst, size, by)
 
     def _onto_ram(self, src: int, dst: int, size: int) -> list[tuple[int, int, int]]:
         # Scratch that a hostile handover has put where no RAM is takes what is written, and is as

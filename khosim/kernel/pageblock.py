@@ -16,6 +16,8 @@ MOVABLE = 1
 CMA = 2
 MIGRATE_NAMES = ("Unmovable", "Movable", "CMA")
 
+_MANY = 4096
+
 
 class Pageblocks:
     """The type of every pageblock below ``end_pfn``; a pageblock is ``1 << order`` pages.
@@ -50,6 +52,8 @@ class Pageblocks:
         if first == last:
             return [(start_pfn, end_pfn, self.type_of(start_pfn))]
         codes = self._codes[first : last + 1]
+        if len(codes) > _MANY and codes.min() == codes.max():
+            return [(start_pfn, end_pfn, self.type_of(start_pfn))]
         changes = (codes[1:] != codes[:-1]).nonzero()[0]
         if not len(changes):
             return [(start_pfn, end_pfn, self.type_of(start_pfn))]
