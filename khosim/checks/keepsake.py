@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Keepsake", "Memory")
 
-_FEW_PAGES = 256  # sets up to this size are read whole, without asking what was touched
+_FEW_PAGES = 4  # sets up to this size are read whole, without asking what was touched
 _BATCH_PAGES = 32  # compared at once: stays in the second-level cache
 _COPY_BYTES = 4 << 20  # content up to this size is kept, not digested
 
