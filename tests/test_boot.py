@@ -1,4 +1,4 @@
-"""Boots, whole: phases, what is taken and given back, and every switch that changes them."""
+"""Boots, whole: phases, what is taken and given back, and the switches that change them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from itertools import pairwise
 import pytest
 
 from khosim import KernelError, KernelPanic, Machine
-from khosim.kernel import e820
 from khosim.kernel.image import KernelConfig, KernelImage
-from khosim.kernel.memblock import MEMBLOCK_RSRV_HUGETLB, MEMBLOCK_RSRV_KERN
+from khosim.kernel.memblock import MEMBLOCK_RSRV_KERN
 from khosim.kernel.release import find_release
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -103,6 +102,7 @@ def test_phases_in_the_kernels_order(arch):
         for phase in known:
             at = order.index(phase, at)
         assert {"kho_memory_init", "memblock_free_all", "kho_init", "parse_args"} <= set(known)
+        assert ("running" in known) == (generation == 0)
     assert [phase for number, phase in phases if number == 0][-1] == "machine_kexec"
 
 
@@ -123,6 +123,36 @@ def test_stages_are_told_to_the_host():
         (1, "takeover"),
         (1, "booted"),
     ]
+
+
+def test_kho_tells_of_its_two_steps():
+    """kho_memory_init with the areas and whether KHO is on, kho_init with its error."""
+    events = []
+    machine = Machine("64M")
+    machine.listen(events.append)
+    kernel = machine.boot(cmdline="kho=on kho_scratch=4M,4M,0", kernel_size="4M", initrd="1M")
+    told = {event.symbol: event for event in events if event.symbol.startswith("kho_")}
+    early, late = told["kho_memory_init"], told["kho_init"]
+    assert (early.phase, early.args, early.result) == (
+        "kho_memory_init",
+        {"scratch": kernel.scratch_areas()},
+        True,
+    )
+    assert (late.phase, late.args, late.result) == ("kho_init", {}, 0)
+
+
+def test_a_kernel_that_panics_is_dead():
+    """Whoever still holds it cannot use it."""
+    held = []
+
+    class Watching(Machine):
+        def checkpoint(self, kernel, stage):
+            held.append(kernel)
+            raise KernelPanic("as if")
+
+    with pytest.raises(KernelPanic, match="as if"):
+        Watching("64M").boot(cmdline="kho=on")
+    assert not held[0].alive
 
 
 # -- what the firmware and the boot loader leave --------------------------------------------------
@@ -416,6 +446,29 @@ def test_a_hole_in_ram(arch):
 # -- mem= -----------------------------------------------------------------------------------------
 
 
+def test_the_first_tables_of_the_direct_map():
+    """Of 16 GiB: one for each GiB, in the 512 MiB at the top, which were mapped before the rest.
+
+    The brk area has room for one more table: that of the last GiB. Then RAM below 4 GiB needs two
+    and one for single pages at its odd end; from 4 to 16 GiB, which is one range, twelve.
+    """
+    events = []
+    machine = Machine("16G")
+    machine.listen(events.append)
+    machine.boot(cmdline="kho=off", config=config(brk_bytes=4 * 4096))
+    allocs = [
+        (event.args["args"], event.result)
+        for event in events
+        if event.phase == "init_mem_mapping" and "alloc" in event.symbol
+    ]
+    top = 17 * GIB
+    assert allocs == [
+        ((2 * MIB, 2 * MIB, MIB, top), top - 2 * MIB),
+        ((3 * 4096, 4096, top - 512 * MIB, top), top - 3 * 4096),
+        ((12 * 4096, 4096, top - 512 * MIB, top - 3 * 4096), top - 15 * 4096),
+    ]
+
+
 def test_mem_on_x86():
     """RAM above the address is gone: no memory, no zone, no direct map."""
     _, kernel = boot("kho=on mem=64M", "128M")
@@ -459,187 +512,6 @@ def test_mem_on_arm64():
     assert memory(kernel) == [(GIB, GIB + 65 * MIB, 0)]
 
 
-# -- E820 -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("entries", "table"),
-    [
-        ([(0, 10, 1)], [(0, 10, 1)]),
-        ([(0, 10, 1), (20, 10, 1)], [(0, 10, 1), (20, 10, 1)]),
-        ([(20, 10, 1), (0, 10, 1)], [(0, 10, 1), (20, 10, 1)]),
-        ([(0, 10, 1), (10, 10, 1)], [(0, 20, 1)]),
-        ([(0, 10, 1), (10, 0, 2), (10, 10, 2)], [(0, 10, 1), (10, 10, 2)]),
-        ([(0, 30, 1), (10, 10, 2)], [(0, 10, 1), (10, 10, 2), (20, 10, 1)]),
-        ([(10, 10, 2), (0, 15, 1)], [(0, 10, 1), (10, 10, 2)]),
-        ([(0, 10, 1), (5, 10, 1)], [(0, 15, 1)]),
-        ([(0, 10, 1), ((1 << 64) - 5, 10, 1)], [(0, 10, 1), ((1 << 64) - 5, 10, 1)]),
-    ],
-)
-def test_e820_tables_are_put_in_order(entries, table):
-    """Sorted, the higher type wins an overlap, neighbours are joined; a wrap stops all that."""
-    assert e820.update_table(entries) == table
-
-
-def test_e820_ranges_can_be_cut_out():
-    """At the edges, in the middle, wholly, of one type or of all."""
-    table = [(0, 100, 1), (100, 100, 2), (200, 100, 1)]
-    assert e820.range_remove(table, 50, 250) == [(0, 50, 1), (250, 50, 1)]
-    assert e820.range_remove(table, 50, 250, 1) == [(0, 50, 1), (100, 100, 2), (250, 50, 1)]
-    assert e820.range_remove(table, 20, 30) == [(0, 20, 1), (30, 70, 1), *table[1:]]
-    assert e820.range_remove(table, 0, 300) == []
-
-
-def test_e820_coverage():
-    """Neighbours of one type cover together; a gap or another type does not."""
-    table = [(0, 100, 1), (100, 100, 1), (200, 100, 2)]
-    assert e820.mapped_all(table, 10, 200, 1)
-    assert not e820.mapped_all(table, 10, 201, 1)
-    assert e820.mapped_all(table, 250, 300, 2)
-
-
-# -- huge pages -----------------------------------------------------------------------------------
-
-
-def hugetlb(kernel):
-    """The kernel's words about huge pages."""
-    return [line for line in kernel.messages if line.startswith("HugeTLB")]
-
-
-def test_huge_pages_from_the_buddy_allocator():
-    """2 MiB pages, from the nodes in turn, as folios of the pool."""
-    _, kernel = boot("kho=on hugepages=6", "512M", nodes=["256M", "256M"])
-    assert hugetlb(kernel) == [
-        "HugeTLB: registered 2.00 MiB page size, pre-allocated 6 pages",
-    ]
-    runs = [run for run in kernel.pages.pages.runs() if run.state.owner == "hugetlb"]
-    heads = [pfn for run in runs for pfn in range(run.start_pfn, run.end_pfn, 512)]
-    assert len(heads) == 6
-    assert sorted(kernel.nid_of_pfn(pfn) for pfn in heads) == [0, 0, 0, 1, 1, 1]
-
-
-def test_huge_pages_on_named_nodes():
-    """node:count,node:count; a node that runs short is reported."""
-    _, kernel = boot("kho=off hugepages=0:2,1:5000", "512M", nodes=["256M", "256M"])
-    report = hugetlb(kernel)
-    assert report[0].startswith(
-        "HugeTLB: allocating 5000 of page size 2.00 MiB failed node1.  Only allocated "
-    )
-    runs = [run for run in kernel.pages.pages.runs() if run.state.owner == "hugetlb"]
-    nodes = [kernel.nid_of_pfn(p) for r in runs for p in range(r.start_pfn, r.end_pfn, 512)]
-    assert nodes.count(0) == 2
-    assert 50 < nodes.count(1) < 128
-
-
-def test_gigantic_pages_come_from_memblock():
-    """Before the page allocator, outside of scratch, and they do not count for scratch."""
-    _, plain = boot("kho=on", "8G")
-    machine, kernel = boot("kho=on hugepagesz=1G hugepages=2", "8G")
-    assert "HugeTLB: registered 1.00 GiB page size, pre-allocated 2 pages" in hugetlb(kernel)
-    pages = [entry for entry in reserved(kernel) if entry[2] & MEMBLOCK_RSRV_HUGETLB]
-    assert sum(end - start for start, end, _ in pages) == 2 * GIB
-    assert [size for _, size in kernel.scratch_areas()] == [
-        size for _, size in plain.scratch_areas()
-    ]
-    assert kernel.gigantic_pages
-    for pfn, nr_pages in kernel.gigantic_pages:
-        assert pfn % nr_pages == 0
-        assert kernel.page(pfn).owner == "hugetlb"
-        assert not kernel.kho_scratch_overlap(pfn << 12, nr_pages << 12)
-    assert machine.check() == []
-
-
-def test_gigantic_pages_on_a_handover_boot():
-    """In memory that the extension of scratch opened, but never in a scratch area itself."""
-    _, kernel = boot("kho=on", "8G")
-    successor = kernel.kexec(cmdline="kho=on hugepagesz=1G hugepages=2")
-    assert "HugeTLB: registered 1.00 GiB page size, pre-allocated 2 pages" in hugetlb(successor)
-    for pfn, nr_pages in successor.gigantic_pages:
-        assert not successor.kho_scratch_overlap(pfn << 12, nr_pages << 12)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ("hugepagesz=3M hugepages=1", ["unsupported hugepagesz=3M", "does not follow a valid"]),
-        ("hugepages=1 hugepages=2", ["specified twice without interleaving"]),
-        ("hugepages=x", ["Invalid hugepages parameter x"]),
-        ("hugepages=0:1,x", ["Invalid hugepages parameter x"]),
-        ("hugepages=9:1", ["Invalid hugepages parameter 9:1"]),
-        ("hugepagesz=2M hugepagesz=2M", ["hugepagesz=2M specified twice"]),
-        ("default_hugepagesz=2M default_hugepagesz=1G", ["previously specified, ignoring 1G"]),
-        ("default_hugepagesz=7", ["unsupported default_hugepagesz=7"]),
-    ],
-)
-def test_huge_page_options_that_are_refused(options, words):
-    """The kernel's words, and no page."""
-    _, kernel = boot(f"kho=off {options}", "64M")
-    said = hugetlb(kernel)
-    for part, line in zip(words, said, strict=False):
-        assert part in line
-    assert not any("pre-allocated 2 pages" in line for line in said)
-
-
-def test_a_default_huge_page_size():
-    """hugepages= in front of default_hugepagesz= is for that size."""
-    _, kernel = boot("kho=off hugepages=1 default_hugepagesz=1G", "4G")
-    assert hugetlb(kernel) == ["HugeTLB: registered 1.00 GiB page size, pre-allocated 1 pages"]
-    _, kernel = boot("kho=off default_hugepagesz=1G hugepages=1", "4G")
-    assert hugetlb(kernel) == ["HugeTLB: registered 1.00 GiB page size, pre-allocated 1 pages"]
-
-
-# -- the crash kernel's region --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "size", "start"),
-    [
-        ("32M", 32 * MIB, None),
-        ("32M@64M", 32 * MIB, 64 * MIB),
-        ("64M-128M:16M,128M-:32M", 32 * MIB, None),
-        ("64M-:16M@80M", 16 * MIB, 80 * MIB),
-        ("16M,high", 16 * MIB, None),
-    ],
-)
-def test_crashkernel(text, size, start):
-    """size, size@offset, ranges of RAM, and high that falls back to low."""
-    _, kernel = boot(f"kho=off crashkernel={text}", "256M")
-    ((low, high),) = kernel.crashk_res
-    assert high - low == size
-    assert low % (16 * MIB) == 0
-    assert start is None or low == start
-    line = f"crashkernel reserved: 0x{low:016x} - 0x{high:016x} ({size >> 20} MB)"
-    assert line in kernel.messages
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("x", "crashkernel: memory value expected"),
-        ("32Mx", "crashkernel: unrecognized char: x"),
-        ("32M@16M", "crashkernel reservation failed - memory is in use."),
-        ("250M", "cannot allocate crashkernel (size:0xfa00000)"),
-        ("0", None),
-        ("1T", None),
-        ("1-:x", "crashkernel: Memory value expected"),
-        ("1:2", "crashkernel: '-' expected"),
-        ("2M-1M:16M", "crashkernel: end <= start"),
-        ("1M-2M", None),
-        ("1M-x:16M", "crashkernel: Memory value expected"),
-        ("1M-2Mx:16M", "crashkernel: ':' expected"),
-        ("1M-:1T", "crashkernel: invalid size"),
-        ("1M-2M:16M", "crashkernel size resulted in zero bytes"),
-        ("1M-:16M@x", "crashkernel: Memory value expected after '@'"),
-    ],
-)
-def test_crashkernel_refusals(text, message):
-    """The kernel's words; nothing is reserved."""
-    _, kernel = boot(f"kho=off crashkernel={text}", "256M")
-    assert kernel.crashk_res == []
-    said = [line for line in kernel.messages if "crashkernel" in line]
-    assert said == ([message] if message else said)
-
-
 # -- the configuration ----------------------------------------------------------------------------
 
 
@@ -650,6 +522,26 @@ def test_more_cpus_take_more_memory():
     taken = [sum(size for _, size in kernel.memblock.allocations) for kernel in (few, many)]
     assert taken[1] - taken[0] > 62 * 148 * KIB
     assert many.log_buf_phys
+
+
+@pytest.mark.parametrize(
+    ("arch", "page_size", "size"),
+    # 64 bytes for each page of the sections: 4 of 128 MiB; 4 of 128 MiB; one of 512 MiB.
+    [("x86_64", 4096, 8 * MIB), ("arm64", 16 * KIB, 2 * MIB), ("arm64", 64 * KIB, 512 * KIB)],
+)
+def test_the_memmap(arch, page_size, size):
+    """A struct page each, beside the tables that map them and small things."""
+    events = []
+    machine = Machine("512M", arch=arch, page_size=page_size)
+    machine.listen(events.append)
+    machine.boot(cmdline="kho=off", kernel_size="4M", initrd="1M")
+    sizes = [
+        event.args["args"][0]
+        for event in events
+        if event.phase == "sparse_init" and "alloc" in event.symbol
+    ]
+    unit = min(size, 2 * MIB)
+    assert sum(n for n in sizes if n % unit == 0) == size
 
 
 def test_swiotlb_shrinks_until_it_fits():

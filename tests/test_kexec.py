@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from dataclasses import replace
 
 import pytest
 
@@ -322,19 +323,17 @@ def test_loading_again_frees_the_first_image(kernel):
     assert free - kernel.pages.nr_free_pages() == used
 
 
-@pytest.mark.parametrize(("initrd_pages", "tables"), [(251, 4), (252, 5)])
+@pytest.mark.parametrize(("initrd_pages", "tables"), [(239, 3), (240, 4)])
 def test_the_pages_a_load_takes(kernel, initrd_pages, tables):
     """The segments' own, a control and a swap page, and tables of 511 entries.
 
-    One entry per page, one per segment, one to end the list. Without the initrd: kernel 1280 pages,
-    purgatory 5, boot parameters 3, scratch array 1; with it five segments.
+    One entry per page, one per segment, one to end the list: scratch array 1, purgatory 5, boot
+    parameters 2, kernel 1280, and the initrd, with 511 * 3 = 1533 entries in three tables.
     """
     free = kernel.pages.nr_free_pages()
     kimage = kernel.kexec_file_load(SMALL, initrd_bytes=initrd_pages * 4096)
-    sizes = {segment.name: segment.memsz >> 12 for segment in kimage.segments}
-    total = sum(sizes.values())
-    entries = total + 5 + 1
-    assert -(-entries // 511) == tables
+    total = 1 + 5 + 2 + 1280 + initrd_pages
+    assert [segment.memsz >> 12 for segment in kimage.segments] == [1, 5, 2, 1280, initrd_pages]
     assert free - kernel.pages.nr_free_pages() == total + 2 + tables
     kimage.unload()
     assert kernel.pages.nr_free_pages() == free
@@ -343,7 +342,9 @@ def test_the_pages_a_load_takes(kernel, initrd_pages, tables):
 def test_a_load_is_traced():
     """Each placement, then the load, then the jump with its registers."""
     events = []
-    kernel = Machine("128M", trace=events.append).boot(
+    machine = Machine("128M")
+    machine.listen(events.append)
+    kernel = machine.boot(
         cmdline="kho=on kho_scratch=16M,8M,4M", kernel_size="4M", initrd="1M"
     )
     events.clear()
@@ -518,8 +519,8 @@ def test_a_second_crash_image_takes_the_first_ones_place():
 @pytest.mark.parametrize(("nr_cpus", "size"), [(1, 4096), (68, 4096), (69, 8192)])
 def test_the_size_of_the_elf_core_headers(nr_cpus, size):
     """64 + 56 * (CPUs + vmcoreinfo + 2 ranges + kernel text), whole pages: 68 CPUs fill one."""
-    machine = Machine("256M", nr_cpus=nr_cpus)
-    kernel = machine.boot(cmdline="crashkernel=32M", kernel_size="4M", initrd="1M")
+    config = replace(KernelImage.build("7.3", size="4M").config, nr_cpus=nr_cpus)
+    kernel = Machine("256M").boot(cmdline="crashkernel=32M", config=config, initrd="1M")
     kimage = kernel.kexec_file_load(SMALL, on_crash=True)
     assert kimage.elf_headers_bytes == size
     assert segments_of(kimage)["elfcorehdr"].memsz == size
@@ -592,6 +593,92 @@ def test_chosen(page_size, ram):
     assert array.mem == low + size - 64 * KIB
     assert segments["device tree"].mem == low + size - 2 * MIB
     assert kimage.entry == {"pc": low, "x0": segments["device tree"].mem}
+
+
+def chosen_of(kimage):
+    """The new device tree and the properties of its /chosen."""
+    tree = segments_of(kimage)["device tree"].data
+    chosen = fdt.fdt_path_offset(tree, "/chosen")
+
+    def prop(name):
+        value, _ = fdt.fdt_getprop(tree, chosen, name)
+        return None if value is None else bytes(value)
+
+    rsv = [fdt.fdt_get_mem_rsv(tree, i)[1:] for i in range(fdt.fdt_num_mem_rsv(tree))]
+    return prop, rsv
+
+
+def test_chosen_of_a_crash_image():
+    """The ELF core headers, reserved too, and the region as the only memory; no KHO."""
+    _, kernel = crash_machine(arch="arm64")
+    (start, end), = kernel.crashk_res
+    image = KernelImage.build("7.3", arch="arm64", size="4M")
+    kimage = kernel.kexec_file_load(image, initrd_bytes=MIB, on_crash=True)
+    segments = segments_of(kimage)
+    assert list(segments) == ["kernel", "elfcorehdr", "initrd", "device tree"]
+    prop, rsv = chosen_of(kimage)
+    headers = segments["elfcorehdr"]
+    assert headers.mem == end - 64 * KIB
+    assert prop("linux,elfcorehdr") == struct.pack(">QQ", headers.mem, 4096)
+    assert prop("linux,usable-memory-range") == struct.pack(">QQ", start, end - start)
+    assert prop("linux,kho-fdt") is None
+    assert prop("bootargs") is None
+    assert rsv == [(segments["initrd"].mem, MIB), (headers.mem, 4096)]
+    usual = kernel.kexec_file_load(image)
+    assert list(segments_of(usual)) == ["KHO scratch array", "kernel", "device tree"]
+    prop, rsv = chosen_of(usual)
+    assert (prop("linux,elfcorehdr"), prop("linux,usable-memory-range")) == (None, None)
+    assert prop("linux,initrd-start") is None
+    assert rsv == []
+
+
+@pytest.mark.parametrize("firmware_rounds", [False, True], ids=["exact", "whole pages"])
+def test_the_old_initrds_reservation_goes(firmware_rounds):
+    """Whether of its size or of whole pages; the tree's own goes too, others stay."""
+    machine = Machine("256M", arch="arm64")
+    kernel = machine.boot(cmdline="kho=off", kernel_size="4M", initrd=5000)
+    tree = bytearray(kernel.boot_fdt()) + bytes(4096)
+    assert fdt.fdt_open_into(bytes(tree), tree, len(tree)) == 0
+    chosen = fdt.fdt_path_offset(tree, "/chosen")
+    (start,) = struct.unpack(">Q", fdt.fdt_getprop(tree, chosen, "linux,initrd-start")[0])
+    (end,) = struct.unpack(">Q", fdt.fdt_getprop(tree, chosen, "linux,initrd-end")[0])
+    assert end - start == 5000
+    own = (kernel.boot_fdt_phys, fdt.fdt_totalsize(tree))
+    for rsv in ((start, 8192 if firmware_rounds else 5000), own, (GIB, 5000), (start, 4096)):
+        assert fdt.fdt_add_mem_rsv(tree, *rsv) == 0
+    kernel.ram.write(kernel.boot_fdt_phys, bytes(tree), (0, "test"))
+    image = KernelImage.build("7.3", arch="arm64", size="4M")
+    _, rsv = chosen_of(kernel.kexec_file_load(image))
+    assert rsv == [(GIB, 5000), (start, 4096)]
+
+
+def test_an_initrd_without_an_end():
+    """-EINVAL: its reservation cannot be found."""
+    machine = Machine("256M", arch="arm64")
+    kernel = machine.boot(cmdline="kho=off", kernel_size="4M", initrd=5000)
+    tree = bytearray(kernel.boot_fdt())
+    chosen = fdt.fdt_path_offset(tree, "/chosen")
+    assert fdt.fdt_delprop(tree, chosen, "linux,initrd-end") == 0
+    kernel.ram.write(kernel.boot_fdt_phys, bytes(tree), (0, "test"))
+    with pytest.raises(KernelError) as refused:
+        kernel.kexec_file_load(KernelImage.build("7.3", arch="arm64", size="4M"))
+    # Each hole is tried with the same result, and the error is that of the last try.
+    assert refused.value.errno == errno.EADDRNOTAVAIL
+    assert kernel.kexec_image is None
+
+
+def test_a_tree_without_chosen_gets_one():
+    """And with it the initrd, which the old one did not have."""
+    machine = Machine("256M", arch="arm64")
+    kernel = machine.boot(cmdline="kho=off", kernel_size="4M", initrd=5000)
+    tree = bytearray(kernel.boot_fdt())
+    assert fdt.fdt_del_node(tree, fdt.fdt_path_offset(tree, "/chosen")) == 0
+    kernel.ram.write(kernel.boot_fdt_phys, bytes(tree), (0, "test"))
+    image = KernelImage.build("7.3", arch="arm64", size="4M")
+    kimage = kernel.kexec_file_load(image, initrd_bytes=5000, cmdline="quiet")
+    prop, rsv = chosen_of(kimage)
+    assert prop("bootargs") == b"quiet\0"
+    assert rsv == [(segments_of(kimage)["initrd"].mem, 5000)]
 
 
 def test_chosen_is_edited_not_rebuilt():

@@ -79,7 +79,7 @@ def test_a_handover_is_found():
     ]
     assert any(base <= folio.phys and folio.phys + 8 * 4096 <= end for base, end in noinit)
     assert pages_of(successor, folio.pfn, 8) == [("incoming", 1, 3, False)] * 8
-    assert successor.page(folio.pfn).private == KHO_PAGE_MAGIC << 32 | 3
+    assert successor.page(folio.pfn).private == 0x4B484F50_00000003  # "KHOP"
     assert [successor.page(folio.pfn + i).private for i in range(1, 8)] == [0] * 7
 
 

@@ -424,6 +424,30 @@ def test_generations() -> None:
             guest.store(n * MIB + len(text), b"generation %d" % generation)
 
 
+@pytest.mark.parametrize(
+    ("huge", "gib", "nodes"), [("never", 2, 1), ("always", 1023, 2)], ids=["4 KiB", "2 MiB"]
+)
+def test_a_large_guest(huge: str, gib: int, nodes: int) -> None:
+    """Half a million folios are a few runs and no work of their own."""
+    machine, kernel = boot(f"{2 * gib}G", nodes=nodes)
+    file = memfd(kernel, "guest", size=gib << 30, huge=huge)
+    for n in range(8):
+        file.write(n * (gib << 27) + 5, b"guest %d" % n)
+    args = preserve(file)
+    assert len(file.inode.mapping) < 64
+    successor = machine.kexec(kernel)
+    again = retrieve(successor, args.serialized_data)
+    assert len(again.inode.mapping) < 64
+    assert again.inode.mapping.nrpages == gib << 18
+    for n in range(8):
+        assert again.read(n * (gib << 27), 14) == b"\0" * 5 + b"guest %d" % n + b"\0\0"
+    written = sum(data.count(b"guest") for _, data in again.data())
+    assert written == 8
+    free = successor.pages.nr_free_pages()
+    again.fput()
+    assert successor.pages.nr_free_pages() == free + (gib << 18)
+
+
 def test_finish_without_retrieve() -> None:
     """Everything is freed; after a retrieve, good or bad, nothing is touched."""
     machine, kernel = boot()

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ from khosim.errors import InputError
 from khosim.kernel.memblock import Memblock
 
 CAPTURES = Path(__file__).parent / "golden" / "captures"
+LOGS = Path(__file__).parent / "golden" / "logs"
 NAMES = ("arm64-16k", "fixed2g", "numa4g", "uma1g", "uma1g-7.2")
 PLACED = re.compile(
     r"\[0x([0-9a-f]{16})-0x([0-9a-f]{16})\] nid=-?\d+ flags=20 memblock_alloc_range"
@@ -131,6 +133,36 @@ def test_a_lone_log_needs_no_capture(name: str, generation: str) -> None:
     one = replay_dmesg(text)
     assert one.differences == ()
     assert one.same == len(PLACED.findall(text))
+
+
+@pytest.mark.parametrize("name", sorted(json.loads((LOGS / "scratch.json").read_text())))
+def test_boots_of_other_machines_are_identical(name: str) -> None:
+    """EFI, KASLR, crashkernel=, cma=, huge pages, movable_node, mem=, more nodes: all the same.
+
+    Scratch is what debugfs showed in those boots. After a handover a lone log tells no borders
+    between adjoining areas.
+    """
+    text = (LOGS / f"{name}.txt").read_text()
+    one = replay_dmesg(text)
+    assert one.differences == ()
+    placed = len(re.findall(r"__memblock_reserve: .* memblock_alloc_(?:range_nid|hugetlb)", text))
+    assert (one.allocations, one.same) == (placed, placed)
+    shown = [tuple(area) for area in json.loads((LOGS / "scratch.json").read_text())[name]]
+    if "found kexec handover data" in text:
+        assert _union(one.scratch) == _union(shown)
+        assert one.preserved == one.nr_preserved == len(PRESERVED.findall(text))
+    else:
+        assert list(one.scratch) == shown
+
+
+def _union(areas: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for base, size in sorted(area for area in areas if area[1]):
+        if joined and joined[-1][1] == base:
+            joined[-1] = (joined[-1][0], base + size)
+        else:
+            joined.append((base, base + size))
+    return joined
 
 
 def test_final_arrays_are_those_of_the_running_kernel() -> None:

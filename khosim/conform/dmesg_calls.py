@@ -32,7 +32,6 @@ __all__ = (
 )
 
 _U64 = (1 << 64) - 1
-MAX_LOG_CHARS = 256 << 20
 
 
 class Request(NamedTuple):
@@ -176,7 +175,7 @@ _NOTES: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("zones", "Zone ranges:", re.compile(r"(Zone ranges:)")),
     ("zone", "  DMA", re.compile(rf"  (DMA|DMA32)[ \t]+(?:{_MEM}|(empty))")),
     ("mapped", "", re.compile(r"(RAMDISK: \[mem|ACPI: RSDP |ACPI: Early table|log buffer data)")),
-    ("ramdisk", "RAMDISK:", re.compile(rf"RAMDISK: {_MEM}")),
+    ("ramdisk", "RAMDISK:", re.compile(rf"(?<!new )RAMDISK: {_MEM}")),
     ("acpi-table", "ACPI: Reserving", re.compile(rf"ACPI: Reserving \S+ table memory at {_MEM}")),
     ("mp-table", "MP-table", re.compile(rf"found SMP MP-table at {_MEM}")),
     ("cma", "eserved", re.compile(r"\bcma: Reserved (\d+) MiB (at|in)")),
@@ -218,8 +217,6 @@ def parse_calls(text: str, *, place: str = "dmesg") -> list[Event]:
 
     Raises :class:`InputError`, which names ``place``, where there is no memblock line at all.
     """
-    if len(text) > MAX_LOG_CHARS:
-        raise InputError(place, f"too long for a kernel log ({len(text)} characters)")
     events: list[Event] = []
     dump: _DumpLines | None = None
     booted = memblock = False

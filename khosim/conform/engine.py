@@ -33,6 +33,7 @@ from khosim.conform.handover import PRESERVING, HandoverWork
 from khosim.conform.predecessor import Predecessor
 from khosim.conform.requests import alloc_contiguous, call_text, simulate
 from khosim.conform.silent_steps import SilentSteps
+from khosim.conform.start import ramdisks
 from khosim.conform.state import State
 from khosim.conform.witnesses import Witnesses
 from khosim.errors import KernelPanic, RamFault
@@ -82,6 +83,8 @@ class Engine:
         states = [State(memblock) for memblock in starts]
         for state in states:
             state.scratch = list(self.incoming)
+            for low, high in ramdisks(self.events, self.facts):
+                state.held[low] = (high - low, "reserve_initrd")
             self.steps.start(state)
         for index, event in enumerate(self.events):
             after = [twin for state in states for twin in self._guarded(state, index, event)]

@@ -23,7 +23,7 @@ from khosim.kernel.memblock import Memblock
 
 __all__ = ("Replay", "replay_dmesg", "replay_generation", "replay_path")
 
-_MAX_LOG_BYTES = 256 << 20
+_MAX_LOG_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +67,22 @@ def replay_path(path: str | Path) -> list[Replay]:
     path = Path(path)
     if path.is_dir():
         if not (path / "capture.json").exists() and (path / "dmesg").exists():
-            if (path.parent / "capture.json").exists():
-                capture = Capture(path.parent)
-                return [replay_generation(capture, capture.generation(path.resolve().name))]
+            folder = path.resolve()
+            if (folder.parent / "capture.json").exists():
+                capture = Capture(folder.parent)
+                return [replay_generation(capture, capture.generation(folder.name))]
             path = path / "dmesg"
         else:
             capture = Capture(path)
             return [replay_generation(capture, one) for one in capture.generations]
     try:
-        size = path.stat().st_size
-        if size > _MAX_LOG_BYTES:
-            raise InputError(str(path), f"too large for a kernel log ({size} bytes)")
-        text = path.read_bytes().decode("utf-8", "replace")
+        with path.open("rb") as file:
+            data = file.read(_MAX_LOG_BYTES + 1)
     except OSError as error:
         raise InputError(str(path), error.strerror or str(error)) from None
+    if len(data) > _MAX_LOG_BYTES:
+        raise InputError(str(path), f"too large for a kernel log (over {_MAX_LOG_BYTES} bytes)")
+    text = data.decode("utf-8", "replace")
     return [replay_dmesg(text, name=path.name, place=str(path))]
 
 

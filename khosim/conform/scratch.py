@@ -145,9 +145,7 @@ def extend_from_node_ranges(
     free: list[tuple[int, int]] = []
     for i, (start, end, nid) in enumerate(ranges):
         if extended[i]:
-            inside = sum(high - low for low, high in areas if start < high and low < end)
-            if inside < end - start:
-                free.append(_blocks(start, end))
+            free += [_blocks(*more) for more in subtract([(start, end)], areas)]
         elif any(
             extended[j] and ranges[j][2] == nid and (ranges[j][1] == start or ranges[j][0] == end)
             for j in (i - 1, i + 1)

@@ -33,7 +33,15 @@ from khosim.kernel.memblock import (
     RegionArray,
 )
 
-__all__ = ("covered", "mended", "page_cut", "start_memblock", "subtract", "variants")
+__all__ = (
+    "covered",
+    "mended",
+    "page_cut",
+    "ramdisks",
+    "start_memblock",
+    "subtract",
+    "variants",
+)
 
 _MIB = 1 << 20
 _SMP_CACHE_BYTES = 64
@@ -79,11 +87,8 @@ def start_memblock(
     if facts.arch == "x86_64":
         reservations = [_moved_to(rows, 0, 64 << 10) for rows in reservations]
     moved = [_as_later(row, reservations[0], later) for row in reservations[0]]
-    for event in events:
-        if isinstance(event, Note) and event.kind == "ramdisk":
-            start, last = (int(word, 16) for word in event.words)
-            page = facts.page_size
-            moved = _moved_to(moved, start, (last + page) // page * page)
+    for low, high in ramdisks(events, facts):
+        moved = _moved_to(moved, low, high)
     if moved != reservations[0]:
         reservations.append(moved)
         edges = {event.base for event in events[:at] if isinstance(event, Reserve)}
@@ -108,6 +113,17 @@ def start_memblock(
                 memblock.memblock_reserve_node(row.base, row.size, -1, row.flags)
             starts.append(memblock)
     return starts, scratch
+
+
+def ramdisks(events: list[Event], facts: BootFacts) -> list[Range]:
+    """Where x86 says that the initrd lies, to the end of its last page."""
+    page = facts.page_size
+    found = []
+    for event in events:
+        if isinstance(event, Note) and event.kind == "ramdisk":
+            start, last = (int(word, 16) for word in event.words)
+            found.append((start, (last + page) // page * page))
+    return found
 
 
 class _UmaMemblock(Memblock):

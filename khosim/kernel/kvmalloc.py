@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 __all__ = ("KVMALLOC_MAX_BYTES", "Buffer", "kvfree", "kvmalloc")
 
 KVMALLOC_MAX_BYTES = (1 << 31) - 1
-"""``INT_MAX``: whoever asks for more gets NULL and a warning."""
+"""``INT_MAX``: whoever asks for more gets NULL and a warning.
+
+A release with a behaviour ``kvmalloc_max_bytes`` has that limit instead.
+"""
 
 
 class Buffer:
@@ -43,7 +46,7 @@ def kvmalloc(kernel: Kernel, size_bytes: int, symbol: str) -> Buffer | None:
             return Buffer(block)
     if size_bytes <= kernel.arch.page_size:
         return None
-    if size_bytes > KVMALLOC_MAX_BYTES:
+    if size_bytes > getattr(kernel.release, "kvmalloc_max_bytes", KVMALLOC_MAX_BYTES):
         kernel.warn_once(f"WARNING: kvmalloc of {size_bytes} bytes for {symbol}", "kvmalloc")
         return None
     area = vmalloc(kernel, size_bytes, huge=True, owner=symbol)

@@ -3,7 +3,8 @@
 Models ``include/linux/liveupdate.h``: ``struct liveupdate_file_op_args``, ``struct
 liveupdate_file_ops`` and ``struct liveupdate_file_handler`` @ 7.3. The orchestrator calls these;
 what they may rely on is written at :class:`LiveupdateFileOps`. Left out: modules (``owner`` is a
-name, nothing is unloaded).
+name, nothing is unloaded), and the lists that a handler is linked into: each kernel's orchestrator
+keeps its own.
 
 A handler of your own is a class with a name and five methods; the others it may have::
 
@@ -215,8 +216,6 @@ class FileHandler:
             found = {name: getattr(self, name, None) for name in _METHODS}
             ops = LiveupdateFileOps(**found, owner=type(self).__name__)
         self.ops = ops
-        self.flb_list: list[Any] = []
-        """``flb_list``: the orchestrator's own, the shared state that this kind of file needs."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.compatible!r})"
