@@ -258,6 +258,19 @@ def test_an_initrd_outside_of_the_linear_map(far):
     assert sum("initrd not fully accessible" in line for line in kernel.messages) == 1
 
 
+@pytest.mark.parametrize("start", [GIB, GIB + 128 * TIB - MIB])
+def test_an_initrd_at_the_edges_of_the_linear_map(start):
+    """In memory from its first byte on, or added to it up to the map's last."""
+    tree = Tree()
+    tree.set("/chosen", "linux,initrd-start", start)
+    tree.set("/chosen", "linux,initrd-end", start + MIB)
+    if start == GIB:
+        assert tree.boot().initrd == (GIB, GIB + MIB)
+        return
+    with pytest.raises(KernelPanic, match=rf"{start:#x}"):
+        tree.boot()
+
+
 def test_an_initrd_of_nothing():
     """Start and end alike, or the wrong way round."""
     for end in (GIB + 128 * MIB, GIB + 100 * MIB):
