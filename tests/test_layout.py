@@ -30,12 +30,13 @@ MAY_USE: dict[str, set[str]] = {
     "conform": BASE | {"machine", "abi", "kernel", "checks", "capture"},
     "simulator": BASE | {"machine", "abi", "kernel", "checks", "capture"},
     "scenario": BASE | {"machine", "kernel", "checks", "capture", "simulator"},
+    "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "view": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore"},
     "cli": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore", "testing", "view"}
-    | {"inspect", "conform", "scenario", "__init__"},
+    | {"inspect", "conform", "scenario", "bugs", "__init__"},
     "__main__": {"cli"},
     "__init__": {"errors", "simulator"},
 }

@@ -37,7 +37,11 @@ def _text_files() -> list[Path]:
     found: list[Path] = []
     for folder, subfolders, names in os.walk(ROOT):
         subfolders[:] = [sub for sub in subfolders if not NOT_OURS.search(sub)]
-        found += [Path(folder, name) for name in names if Path(name).suffix in TEXT_SUFFIXES]
+        found += [
+            Path(folder, name)
+            for name in names
+            if Path(name).suffix in TEXT_SUFFIXES and name != ".git"  # a file in a second worktree
+        ]
     return sorted(found)
 
 

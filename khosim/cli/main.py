@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "memblock": ("khosim.cli.memblock", "run memblock call sequences from a file"),
     "replay": ("khosim.cli.replay", "make a real boot's memblock calls again and compare"),
     "inspect": ("khosim.cli.inspect", "decode a real handover and say what is torn"),
+    "bugs": ("khosim.cli.bugs", "the museum: bugs that were fixed, replayed"),
 }
 """Name of each subcommand: its module, and what it does in one line."""
 

@@ -1,0 +1,54 @@
+"""Promises of single calls, beside the invariants that hold for all of the machine.
+
+The auditor sees memory; it does not know what a caller was promised. A scenario does, and says
+which of these was broken. The names stand beside those of the invariants in every report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ("PROMISES", "Promise")
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """A promise by name, and one sentence of what it protects."""
+
+    name: str
+    protects: str
+
+
+PROMISES: dict[str, Promise] = {
+    promise.name: promise
+    for promise in (
+        Promise(
+            "errno-as-documented",
+            "A call that cannot be carried out is refused, with the errno its documentation names.",
+        ),
+        Promise(
+            "call-succeeds",
+            "A call that asks for something lawful is carried out.",
+        ),
+        Promise("call-returns", "Every call comes to an end."),
+        Promise("kernel-survives", "No lawful call and no lawful handover kills a kernel."),
+        Promise("failure-is-told", "A kernel that gives something up says so in its log."),
+        Promise(
+            "undo-restores-state", "What is done and undone leaves everything as it was before."
+        ),
+        Promise(
+            "content-equal", "Whoever restores or retrieves something finds in it what was there."
+        ),
+        Promise(
+            "attributes-equal",
+            "What is handed over keeps its attributes: seals, sizes, positions, names, counts.",
+        ),
+        Promise(
+            "preserved-restorable", "What could be preserved can be restored in the successor."
+        ),
+        Promise(
+            "accounting-exact", "Counters say what is there: pages, blocks, references, lengths."
+        ),
+        Promise("right-allocator", "Memory goes back to the allocator it came from."),
+    )
+}
