@@ -95,7 +95,7 @@ def test_operations_are_the_methods_that_are_there() -> None:
         None,
         None,
         None,
-        "CounterHandler",
+        None,
     )
     assert ops.freeze is not None
     assert ops.missing() == []

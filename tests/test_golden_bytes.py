@@ -60,7 +60,7 @@ def boot_of(name):
     capture = Capture(CAPTURES / name)
     config, initrd = config_of(capture)
     machine = Machine.from_capture(capture.path)
-    cmdline = capture.generations[0].cmdline.replace(" liveupdate=on", "")
+    cmdline = capture.generations[0].cmdline
     return capture, machine, machine.boot(cmdline=cmdline, config=config, initrd=initrd)
 
 
@@ -135,14 +135,16 @@ def test_root_fdt(name):
     capture, _, kernel = boot_of(name)
     handover = capture.generations[0].handover
     shown_by_us = kernel.debugfs.read("out/fdt")
-    # Other users' subtrees came before the one of reserve_mem: take it out and put it back.
-    tree = kernel.fdt_at(kernel.kho_out.fdt_phys)
-    node = fdt.fdt_subnode_offset(tree, 0, "memblock")
-    (ours_at,) = struct.unpack("<Q", fdt.fdt_getprop(tree, node, "preserved-data")[0])
-    kernel.kho_remove_subtree(ours_at)
+    # Another user's subtree came before those of late initcalls: take them out and put them back.
+    ours_at = {}
+    for subtree in ("LUO", "memblock"):
+        tree = kernel.fdt_at(kernel.kho_out.fdt_phys)
+        node = fdt.fdt_subnode_offset(tree, 0, subtree)
+        (ours_at[subtree],) = struct.unpack("<Q", fdt.fdt_getprop(tree, node, "preserved-data")[0])
+        kernel.kho_remove_subtree(ours_at[subtree])
     for subtree, phys, size, _ in subtrees_of(handover):
         if subtree != "kexec-metadata":
-            kernel.kho_add_subtree(subtree, ours_at if subtree == "memblock" else phys, size)
+            kernel.kho_add_subtree(subtree, ours_at.get(subtree, phys), size)
     real = bytes.fromhex(handover["fdt"])
     ours = kernel.fdt_at(kernel.kho_out.fdt_phys)
     ours = bytes(ours[: fdt.fdt_totalsize(ours)])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = (
     "ImageView",
     "KernelView",
+    "LuoView",
     "MemblockView",
     "PageMapView",
     "PageStateView",
@@ -151,6 +152,85 @@ class ImageView(Protocol):
     def kho_scratch(self) -> SegmentView | None: ...
 
 
+class BlockSetView(Protocol):
+    """A set of KHO blocks: physical addresses of all, in order; ``head_pa`` is the first or 0."""
+
+    @property
+    def blocks(self) -> Sequence[int]: ...
+    @property
+    def head_pa(self) -> int: ...
+
+
+class LuoFileView(Protocol):
+    """``struct luo_file``; ``file`` is None until it is retrieved in the successor."""
+
+    @property
+    def token(self) -> int: ...
+    @property
+    def serialized_data(self) -> int: ...
+    @property
+    def retrieve_status(self) -> int: ...
+    @property
+    def file(self) -> object: ...
+
+
+class LuoFileSetView(Protocol):
+    """``struct luo_file_set``: files in the order of preservation, and their blocks."""
+
+    @property
+    def files(self) -> Sequence[LuoFileView]: ...
+    @property
+    def block_set(self) -> BlockSetView: ...
+
+
+class LuoSessionView(Protocol):
+    """``struct luo_session``; ``retrieved`` is for those that came from the predecessor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def retrieved(self) -> bool: ...
+    @property
+    def file_set(self) -> LuoFileSetView: ...
+
+
+class SessionHeaderView(Protocol):
+    """``struct luo_session_header``: sessions by name, in order, and their blocks."""
+
+    @property
+    def sessions(self) -> Mapping[str, LuoSessionView]: ...
+    @property
+    def block_set(self) -> BlockSetView: ...
+
+
+class LuoSessionsView(Protocol):
+    """``luo_session_global``; ``serialized`` from the reboot system call on."""
+
+    @property
+    def incoming(self) -> SessionHeaderView: ...
+    @property
+    def outgoing(self) -> SessionHeaderView: ...
+    @property
+    def serialized(self) -> bool: ...
+    @property
+    def deserialized(self) -> int | None: ...
+
+
+class LuoView(Protocol):
+    """The orchestrator; ``preserved_files`` maps the id of each owned file to the file."""
+
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def liveupdate_num(self) -> int: ...
+    @property
+    def luo_ser_out(self) -> int: ...
+    @property
+    def preserved_files(self) -> Mapping[int, object]: ...
+    @property
+    def sessions(self) -> LuoSessionsView: ...
+
+
 class KernelView(Protocol):
     """One kernel generation, as far as the checkers look at it."""
 
@@ -166,6 +246,8 @@ class KernelView(Protocol):
     def kho_in(self) -> KhoInView: ...
     @property
     def kho_out(self) -> KhoOutView: ...
+    @property
+    def liveupdate(self) -> LuoView: ...
     @property
     def kho_scratch_phys(self) -> int: ...
     @property

@@ -182,6 +182,8 @@ def _check_ram(kernel: Kernel) -> None:
 
 
 def _initcalls(kernel: Kernel) -> None:
+    kernel.phase = "early_initcalls"
+    kernel.liveupdate.early_init()
     kernel.phase = "page_alloc_init_late"
     if kernel.stale_scratch is not None and kernel.pages.deferred:
         _mark_stale_pageblocks(kernel, *kernel.stale_scratch)
@@ -191,7 +193,10 @@ def _initcalls(kernel: Kernel) -> None:
     kho_init(kernel)  # fs_initcall
     kernel.phase = "initcalls"
     _free_initrd_mem(kernel)  # rootfs_initcall
-    kernel.reserve_mem.init()  # late_initcall
+    # late_initcalls, in the order of linking: kernel/liveupdate, mm/memblock.c, mm/memfd_luo.c
+    kernel.liveupdate.late_init()
+    kernel.reserve_mem.init()
+    kernel.liveupdate.memfd_init()
     _free_initmem(kernel)
     kernel.phase = "running"
     if kernel.host is not None:

@@ -16,14 +16,16 @@ from khosim.kernel.boot_hugetlb import Hstate
 from khosim.kernel.cmdline import BootOptions
 from khosim.kernel.direct_map import DirectMap
 from khosim.kernel.image import KernelConfig, KernelImage
-from khosim.kernel.kexec import Kimage, kexec_file_load, machine_kexec
+from khosim.kernel.kexec import Kimage, kernel_kexec, kexec_file_load
 from khosim.kernel.kho import kho_scratch_overlap, scratch_areas
 from khosim.kernel.kho_calls import KhoCalls
 from khosim.kernel.kho_debugfs import KhoDebugfs
 from khosim.kernel.kho_in import KHO_PAGE_MAGIC, KhoIn
 from khosim.kernel.kho_out import KhoOut
 from khosim.kernel.kho_scratch import ScratchSizes
+from khosim.kernel.liveupdate.luo_core import Luo
 from khosim.kernel.memblock import Memblock
+from khosim.kernel.memfd import MFD_ALLOW_SEALING, Memfd, memfd
 from khosim.kernel.page import Folio, Page
 from khosim.kernel.page_alloc import PageAllocator
 from khosim.kernel.page_map import PageMap
@@ -71,6 +73,7 @@ class Kernel(DirectMap, KhoCalls):
         "kho_out",
         "kho_scratch_cnt",
         "kho_scratch_phys",
+        "liveupdate",
         "log_buf_phys",
         "memblock",
         "messages",
@@ -158,6 +161,7 @@ class Kernel(DirectMap, KhoCalls):
         self.kho_out = KhoOut(self)
         self.reserve_mem = ReserveMem(self)
         self.debugfs = KhoDebugfs(self)
+        self.liveupdate = Luo(self)
         if trace is not None:
             self.memblock.trace = self._trace_memblock
 
@@ -309,6 +313,18 @@ class Kernel(DirectMap, KhoCalls):
             self.emit("alloc_pages_exact", {"nr_pages": nr_pages, "owner": owner}, pfn)
         return pfn
 
+    def memfd(
+        self,
+        name: str,
+        *,
+        size: int | str = 0,
+        flags: int = MFD_ALLOW_SEALING,
+        huge: str = "never",
+        nid: int | None = None,
+    ) -> Memfd:
+        """A memfd of ``size``; see :func:`khosim.kernel.memfd.memfd`."""
+        return memfd(self, name, size=size, flags=flags, huge=huge, nid=nid)
+
     def page(self, pfn: int) -> Page:
         """The ``struct page`` of ``pfn`` now, for people and tests."""
         zone = self.pages.zone_of(pfn)
@@ -402,7 +418,10 @@ class Kernel(DirectMap, KhoCalls):
             raise KhoSimError("this kernel was booted without a Machine: use kexec_file_load")
         return self.host.kexec(self, **options)
 
-    def kernel_kexec(self, image: Kimage) -> None:
-        """``kernel_kexec``: leave for the loaded image; this kernel is dead afterwards."""
+    def kernel_kexec(self, image: Kimage | None = None) -> None:
+        """``kernel_kexec``: leave for the loaded image; this kernel is dead afterwards.
+
+        Where it raises, it lives on; see :func:`khosim.kernel.kexec.kernel_kexec`.
+        """
         self.check_alive()
-        machine_kexec(self, image)
+        kernel_kexec(self, image)

@@ -2,10 +2,10 @@
 
 Models ``kernel/kexec_file.c`` (``kexec_file_load``, ``kexec_add_buffer``, ``locate_mem_hole_*``)
 and ``kernel/kexec_core.c`` (``sanity_check_segment_list``, ``kimage_load_segment``,
-``kimage_free``, ``machine_kexec``) @ 7.3. A segment's bytes wait in pages of the page allocator
-until the jump copies them to their place; a crash image's are put into place at once. Left out:
-signatures, purgatory's digests, CMA segments, ``kexec_load``, random placement, preserve-context
-images.
+``kimage_free``, ``kernel_kexec``, ``machine_kexec``) @ 7.3. A segment's bytes wait in pages of the
+page allocator until the jump copies them to their place; a crash image's are put into place at
+once. Left out: signatures, purgatory's digests, CMA segments, ``kexec_load``, random placement, the
+way back from a preserve-context image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from khosim.kernel.kho import kho_fill_kimage, kho_locate_mem_hole
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
 
-__all__ = ("KexecBuf", "Kimage", "Segment", "kexec_file_load", "machine_kexec")
+__all__ = ("KexecBuf", "Kimage", "Segment", "kernel_kexec", "kexec_file_load", "machine_kexec")
 
 _ULONG_MAX = (1 << 64) - 1
 _SEGMENT_MAX = 16
@@ -65,6 +65,7 @@ class Kimage:
         "is_crash",
         "kho_fdt",
         "kho_scratch",
+        "preserve_context",
         "segments",
         "source_runs",
     )
@@ -72,6 +73,8 @@ class Kimage:
     def __init__(self, kernel: Kernel, *, is_crash: bool = False) -> None:
         self._kernel = kernel
         self.is_crash = is_crash
+        self.preserve_context = False
+        """``KEXEC_PRESERVE_CONTEXT``: only ``kexec_load`` makes such images; set it by hand."""
         self.segments: list[Segment] = []
         self.source_runs: list[list[tuple[int, int]]] = []
         self.control_runs: list[tuple[int, int]] = []
@@ -325,6 +328,21 @@ def kexec_file_load(
         segments = {segment.name: segment.mem for segment in kimage.segments}
         kernel.emit("kexec_file_load", {"segments": segments}, 0)
     return kimage
+
+
+def kernel_kexec(kernel: Kernel, image: Kimage | None = None) -> None:
+    """``kernel_kexec``: the reboot system call's way into ``image``, or into the loaded one.
+
+    Raises -EINVAL without an image, and what a file refuses the live update with: then the image
+    stays loaded and nothing has happened. A crash image is left for without asking anybody.
+    """
+    if image is None:
+        image = kernel.kexec_image
+    if image is None:
+        raise KernelError(errno.EINVAL, "kernel_kexec", "no image is loaded")
+    if not image.preserve_context and not image.is_crash:
+        kernel.liveupdate.reboot()
+    machine_kexec(kernel, image)
 
 
 def machine_kexec(kernel: Kernel, image: Kimage) -> None:

@@ -47,6 +47,9 @@ class Release:
     preserve_splits_at_nodes: bool = True
     """``__kho_preserve_pages_order``: a block's first and last page share a node."""
 
+    luo: str = "luo-v5"
+    """The format of the Live Update Orchestrator's state; empty where there is no LUO."""
+
     def evolve(self, **changes: Any) -> Release:
         """This release with some behaviours changed; unknown names raise :class:`InputError`."""
         fields = {field.name for field in dataclasses.fields(self)}

@@ -2,9 +2,8 @@
 
 Models ``include/linux/liveupdate.h``: ``struct liveupdate_file_op_args``, ``struct
 liveupdate_file_ops`` and ``struct liveupdate_file_handler`` @ 7.3. The orchestrator calls these;
-what they may rely on is written at :class:`LiveupdateFileOps`. Left out: modules (``owner`` is a
-name, nothing is unloaded), and the lists that a handler is linked into: each kernel's orchestrator
-keeps its own.
+what they may rely on is written at :class:`LiveupdateFileOps`. Left out: the lists that a handler
+is linked into, for each kernel's orchestrator keeps its own.
 
 A handler of your own is a class with a name and five methods; the others it may have::
 
@@ -44,6 +43,7 @@ from khosim.errors import InputError, KernelError
 if TYPE_CHECKING:
     from khosim.kernel.file import File
     from khosim.kernel.kernel import Kernel
+    from khosim.kernel.module import Module
 
 __all__ = ("FileHandler", "LiveupdateFileOpArgs", "LiveupdateFileOps", "call_op")
 
@@ -157,7 +157,7 @@ class LiveupdateFileOps:
         can_finish: Callable[[LiveupdateFileOpArgs], bool] | None = None,
         finish: Op | None = None,
         get_id: Callable[[File], int] | None = None,
-        owner: str = "",
+        owner: Module | None = None,
     ) -> None:
         self.can_preserve = can_preserve
         self.preserve = preserve
@@ -202,6 +202,8 @@ class FileHandler:
 
     compatible: str = ""
     """Up to 47 bytes, such as ``"memfd-v2"``. Count it up when the handed-over layout changes."""
+    owner: Module | None = None
+    """The module that the handler belongs to; None for what is built in."""
 
     def __init__(self, compatible: str = "", ops: LiveupdateFileOps | None = None) -> None:
         if compatible:
@@ -214,7 +216,7 @@ class FileHandler:
             )
         if ops is None:
             found = {name: getattr(self, name, None) for name in _METHODS}
-            ops = LiveupdateFileOps(**found, owner=type(self).__name__)
+            ops = LiveupdateFileOps(**found, owner=self.owner)
         self.ops = ops
 
     def __repr__(self) -> str:

@@ -1,0 +1,338 @@
+"""File-lifecycle-bound state: shared objects that come with the first file and go with the last.
+
+Models ``kernel/liveupdate/luo_flb.c`` @ 7.3. Each file handler has a list of the objects that its
+files need. Left out: locks.
+
+As in the kernel: the successor learns how many files need an object only when somebody retrieves
+it. A handler's files that are finished before that count down from 0: a warning, a saturated count,
+and no ``finish`` for the object. The kernel's own test retrieves all objects when its handler is
+registered. A reference of :meth:`LuoFlbs.get_outgoing` that is held at the jump is counted like a
+file, and nobody will give it back in the successor.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+from khosim.abi.luo import (
+    LUO_FLB_HEADER_SER_BYTES,
+    LUO_FLB_SER_BYTES,
+    LuoFlbHeaderSer,
+    LuoFlbSer,
+    pack_luo_flb_header_ser,
+    pack_luo_flb_ser,
+    unpack_luo_flb_header_ser,
+    unpack_luo_flb_ser,
+)
+from khosim.errors import KernelError
+from khosim.kernel.liveupdate.flb_ops import Flb, LiveupdateFlbOpArgs
+from khosim.kernel.module import module_put, try_module_get
+from khosim.kernel.refcount import Refcount
+from khosim.kernel.slab import kmalloc
+
+if TYPE_CHECKING:
+    from khosim.kernel.kernel import Kernel
+    from khosim.kernel.liveupdate.file_ops import FileHandler
+
+__all__ = ("FlbState", "LuoFlb", "LuoFlbs")
+
+_LUO_FLB_PGCNT = 1
+_INT_MAX = (1 << 31) - 1
+
+
+class FlbState:
+    """``struct luo_flb_private_state``: one direction of one object.
+
+    ``retrieve_status`` is 0 before the attempt, 1 after a success, else the negative errno.
+    """
+
+    __slots__ = ("count", "data", "finished", "obj", "retrieve_status")
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.count = Refcount(kernel)
+        self.data = 0
+        self.obj: Any = None
+        self.finished = False
+        self.retrieve_status = 0
+
+
+class LuoFlb:
+    """``struct luo_flb_private``: an object in both directions; ``users`` are its handlers."""
+
+    __slots__ = ("flb", "incoming", "outgoing", "users")
+
+    def __init__(self, kernel: Kernel, flb: Flb) -> None:
+        self.flb = flb
+        self.outgoing = FlbState(kernel)
+        self.incoming = FlbState(kernel)
+        self.users = 0
+
+
+class LuoFlbs:
+    """``luo_flb_global``: the shared objects of one kernel.
+
+    ``registered`` holds them in order, ``links`` the objects of each handler, ``incoming_pa`` and
+    ``outgoing_pa`` the physical address of the predecessor's and the own page of them (or 0).
+    """
+
+    __slots__ = ("_kernel", "_private", "incoming_pa", "links", "outgoing_pa", "registered")
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._private: dict[Flb, LuoFlb] = {}
+        self.registered: list[LuoFlb] = []
+        self.links: dict[FileHandler, list[LuoFlb]] = {}
+        self.incoming_pa = 0
+        self.outgoing_pa = 0
+
+    @property
+    def max_flbs(self) -> int:
+        """``LUO_FLB_MAX``: how many objects the page holds."""
+        size = (_LUO_FLB_PGCNT << self._kernel.arch.page_shift) - LUO_FLB_HEADER_SER_BYTES
+        return size // LUO_FLB_SER_BYTES
+
+    def state(self, flb: Flb) -> LuoFlb:
+        """``luo_flb_get_private``: what this kernel knows of an object."""
+        private = self._private.get(flb)
+        if private is None:
+            private = self._private[flb] = LuoFlb(self._kernel, flb)
+        return private
+
+    # -- registering ----------------------------------------------------------------------------
+
+    def register(self, handler: FileHandler, flb: Flb, *, handler_is_known: bool) -> None:
+        """``liveupdate_register_flb``: files of ``handler`` need ``flb`` from now on.
+
+        Raises -EINVAL without all callbacks or for an unknown handler, -ENOMEM, -EEXIST for an
+        object that the handler has or a name that another object has, -ENOSPC when the page of
+        all objects would overflow.
+        """
+        kernel = self._kernel
+        symbol = "liveupdate_register_flb"
+        private = self.state(flb)
+        missing = flb.ops.missing()
+        if missing or not handler_is_known:
+            why = f"no {missing[0]}" if missing else f"{handler!r} is not registered"
+            kernel.warn(f"WARNING: {symbol}: {why}")
+            raise KernelError(errno.EINVAL, symbol, why)
+        if not kmalloc(kernel, symbol):
+            raise KernelError(errno.ENOMEM, symbol)
+        links = self.links[handler]
+        if private in links:
+            raise KernelError(errno.EEXIST, symbol, f"{handler!r} has {flb!r}")
+        if not private.users:
+            if len(self.registered) == self.max_flbs:
+                raise KernelError(errno.ENOSPC, symbol, f"{self.max_flbs} objects")
+            if any(other.flb.compatible == flb.compatible for other in self.registered):
+                raise KernelError(errno.EEXIST, symbol, f"another {flb.compatible!r}")
+            self.registered.append(private)
+        private.users += 1
+        links.append(private)
+        if kernel.trace is not None:
+            args = {"handler": handler.compatible, "flb": flb.compatible}
+            kernel.emit(symbol, args, 0)
+
+    def unregister(self, handler: FileHandler, flb: Flb) -> None:
+        """``luo_flb_unregister_one``: files of ``handler`` do not need ``flb`` any more."""
+        private = self.state(flb)
+        links = self.links.get(handler, [])
+        if private not in links:
+            self._kernel.printk(
+                f"luo: Failed to unregister FLB '{flb.compatible}': not found in file handler "
+                f"'{handler.compatible}'"
+            )
+            return
+        links.remove(private)
+        private.users -= 1
+        if not private.users:
+            self.registered.remove(private)
+
+    def unregister_all(self, handler: FileHandler) -> None:
+        """``luo_flb_unregister_all``."""
+        for private in list(self.links.get(handler, ())):
+            self.unregister(handler, private.flb)
+
+    # -- outgoing -------------------------------------------------------------------------------
+
+    def file_preserve(self, handler: FileHandler) -> None:
+        """``luo_flb_file_preserve``: one more file of ``handler``; all objects or none.
+
+        Raises what an object's ``preserve`` raises, and -ENODEV while its module goes away.
+        """
+        links = self.links[handler]
+        for done, private in enumerate(links):
+            try:
+                self._preserve_one(private)
+            except KernelError:
+                for before in reversed(links[:done]):
+                    self.put_outgoing(before.flb)
+                raise
+
+    def _preserve_one(self, private: LuoFlb) -> None:
+        # luo_flb_file_preserve_one
+        out, flb = private.outgoing, private.flb
+        if out.count.value:
+            out.count.inc()
+            return
+        symbol = "luo_flb_file_preserve_one"
+        if not try_module_get(flb.ops.owner):
+            raise KernelError(errno.ENODEV, symbol, f"the module of {flb!r} goes away")
+        args = LiveupdateFlbOpArgs(self._kernel, flb)
+        assert flb.ops.preserve is not None
+        error = 0
+        try:
+            flb.ops.preserve(args)
+        except KernelError as refused:
+            error = -refused.errno
+            module_put(flb.ops.owner)
+            raise
+        finally:
+            if self._kernel.trace is not None:
+                self._kernel.emit(symbol, {"flb": flb.compatible}, error)
+        out.data, out.obj = args.data, args.obj
+        out.count.set(1)
+
+    def file_unpreserve(self, handler: FileHandler) -> None:
+        """``luo_flb_file_unpreserve``: one file less, last object first."""
+        for private in reversed(self.links[handler]):
+            self.put_outgoing(private.flb)
+
+    def get_outgoing(self, flb: Flb) -> Any:
+        """``liveupdate_flb_get_outgoing``: the object, with a reference; raises -ENOENT."""
+        out = self.state(flb).outgoing
+        if out.obj is None:
+            symbol = "liveupdate_flb_get_outgoing"
+            raise KernelError(errno.ENOENT, symbol, f"no file needs {flb!r}")
+        out.count.inc()
+        return out.obj
+
+    def put_outgoing(self, flb: Flb) -> None:
+        """``liveupdate_flb_put_outgoing``: the last reference unpreserves the object."""
+        out = self.state(flb).outgoing
+        if not out.count.dec_and_test():
+            return
+        args = LiveupdateFlbOpArgs(self._kernel, flb, data=out.data, obj=out.obj)
+        if flb.ops.unpreserve is not None:
+            flb.ops.unpreserve(args)
+        out.data, out.obj = 0, None
+        module_put(flb.ops.owner)
+        if self._kernel.trace is not None:
+            self._kernel.emit("liveupdate_flb_put_outgoing", {"flb": flb.compatible}, None)
+
+    def setup_outgoing(self) -> int:
+        """``luo_flb_setup_outgoing``: the page for the successor; its physical address."""
+        kernel = self._kernel
+        size = _LUO_FLB_PGCNT << kernel.arch.page_shift
+        phys = kernel.kho_alloc_preserve(size).phys
+        header = pack_luo_flb_header_ser(LuoFlbHeaderSer(_LUO_FLB_PGCNT, 0))
+        kernel.ram.write(phys, header, kernel.by("luo_flb_setup_outgoing"))
+        self.outgoing_pa = phys
+        return phys
+
+    def serialize(self) -> None:
+        """``luo_flb_serialize``: enter every object that somebody refers to."""
+        kernel = self._kernel
+        by = kernel.by("luo_flb_serialize")
+        at = self.outgoing_pa + LUO_FLB_HEADER_SER_BYTES
+        nr_flbs = 0
+        for private in self.registered:
+            count = private.outgoing.count.value
+            if count > 0:
+                ser = LuoFlbSer(private.flb.compatible, private.outgoing.data, count)
+                kernel.ram.write(at + nr_flbs * LUO_FLB_SER_BYTES, pack_luo_flb_ser(ser), by)
+                nr_flbs += 1
+        header = pack_luo_flb_header_ser(LuoFlbHeaderSer(_LUO_FLB_PGCNT, nr_flbs))
+        kernel.ram.write(self.outgoing_pa, header, by)
+        if kernel.trace is not None:
+            kernel.emit("luo_flb_serialize", {}, nr_flbs)
+
+    # -- incoming -------------------------------------------------------------------------------
+
+    def get_incoming(self, flb: Flb) -> Any:
+        """``liveupdate_flb_get_incoming``: the object, with a reference.
+
+        The first call retrieves it. Raises -ENODATA where nothing came or it is finished, -ENOENT
+        where it did not come, -ENODEV while its module goes away, and for ever after what
+        ``retrieve`` raised.
+        """
+        incoming = self.state(flb).incoming
+        if incoming.obj is None:
+            self._retrieve_one(flb)
+        incoming.count.inc()
+        return incoming.obj
+
+    def put_incoming(self, flb: Flb) -> None:
+        """``liveupdate_flb_put_incoming``: the last reference finishes the object."""
+        incoming = self.state(flb).incoming
+        if not incoming.count.dec_and_test():
+            return
+        kernel = self._kernel
+        symbol = "liveupdate_flb_put_incoming"
+        if incoming.retrieve_status <= 0:
+            try:
+                self._retrieve_one(flb)
+            except KernelError as refused:
+                kernel.warn(f"WARNING: {symbol}: {refused}")
+                return
+        assert flb.ops.finish is not None
+        flb.ops.finish(LiveupdateFlbOpArgs(kernel, flb, obj=incoming.obj))
+        incoming.data, incoming.obj = 0, None
+        incoming.finished = True
+        module_put(flb.ops.owner)
+        if kernel.trace is not None:
+            kernel.emit(symbol, {"flb": flb.compatible}, None)
+
+    def file_finish(self, handler: FileHandler) -> None:
+        """``luo_flb_file_finish``: one file of ``handler`` is finished, last object first."""
+        for private in reversed(self.links[handler]):
+            self.put_incoming(private.flb)
+
+    def _retrieve_one(self, flb: Flb) -> None:
+        # luo_flb_retrieve_one
+        kernel = self._kernel
+        incoming = self.state(flb).incoming
+        symbol = "luo_flb_retrieve_one"
+        if incoming.finished:
+            raise KernelError(errno.ENODATA, symbol, f"{flb!r} is finished")
+        if incoming.retrieve_status < 0:
+            raise KernelError(-incoming.retrieve_status, symbol, f"{flb!r}, remembered")
+        if incoming.retrieve_status > 0:
+            return
+        if not self.incoming_pa:
+            raise KernelError(errno.ENODATA, symbol, "nothing was handed over")
+        ser = self._find(flb.compatible)
+        if ser is None:
+            raise KernelError(errno.ENOENT, symbol, f"{flb!r} was not handed over")
+        incoming.data = ser.data
+        incoming.count.set(ser.count)
+        if not try_module_get(flb.ops.owner):
+            raise KernelError(errno.ENODEV, symbol, f"the module of {flb!r} goes away")
+        args = LiveupdateFlbOpArgs(kernel, flb, data=ser.data)
+        assert flb.ops.retrieve is not None
+        status = 1
+        try:
+            flb.ops.retrieve(args)
+        except KernelError as refused:
+            status = -refused.errno
+            module_put(flb.ops.owner)
+            raise
+        finally:
+            incoming.retrieve_status = status
+            if kernel.trace is not None:
+                kernel.emit(symbol, {"flb": flb.compatible}, min(status, 0))
+        incoming.obj = args.obj
+
+    def _find(self, name: str) -> LuoFlbSer | None:
+        # Counts beyond an int are negative to the kernel's loop; entries are read as they come.
+        kernel = self._kernel
+        at = kernel.virt(self.incoming_pa, LUO_FLB_HEADER_SER_BYTES)
+        header = unpack_luo_flb_header_ser(kernel.ram.read(at, LUO_FLB_HEADER_SER_BYTES))
+        at += LUO_FLB_HEADER_SER_BYTES
+        for _ in range(header.count):
+            data = kernel.ram.read(kernel.virt(at, LUO_FLB_SER_BYTES), LUO_FLB_SER_BYTES)
+            ser = unpack_luo_flb_ser(data)
+            if ser.name == name:
+                return ser
+            at += LUO_FLB_SER_BYTES
+        return None

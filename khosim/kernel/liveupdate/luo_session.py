@@ -1,0 +1,378 @@
+"""Sessions: named sets of files that cross a kexec together.
+
+Models ``kernel/liveupdate/luo_session.c`` @ 7.3. Refusals raise
+:class:`~khosim.errors.KernelError`. Left out: locks but one: from the serialization in the reboot
+system call to the jump ``luo_session_serialize_rwsem`` is held for writing, and whoever wants to
+change a session sleeps for ever. Here that is a :class:`~khosim.errors.KhoSimError`.
+
+As in the kernel: a refused second session of one name may leave an empty block behind its sessions
+(where they fill their blocks exactly), and a successor dies of a block that says it is empty. A
+session whose last descriptor is closed while a file cannot be finished is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+from khosim.abi.luo import (
+    LIVEUPDATE_SESSION_NAME_LENGTH,
+    LUO_SESSION_SER_BYTES,
+    LuoSessionSer,
+    pack_luo_session_ser,
+    unpack_luo_session_ser,
+)
+from khosim.errors import InputError, KernelError, KhoSimError
+from khosim.kernel.file import File
+from khosim.kernel.liveupdate.luo_file import LuoFileSet
+from khosim.kernel.slab import kmalloc
+
+if TYPE_CHECKING:
+    from khosim.abi.luo import LuoFileSetSer
+    from khosim.kernel.kho_block import KhoBlockSet
+    from khosim.kernel.liveupdate.luo_core import Luo
+
+__all__ = ("LuoSession", "LuoSessions", "Session", "SessionHeader")
+
+_FILE_SET_OFFSET = LIVEUPDATE_SESSION_NAME_LENGTH
+_FILE_SET_BYTES = LUO_SESSION_SER_BYTES - _FILE_SET_OFFSET
+
+
+class LuoSession:
+    """``struct luo_session``: a name and a set of files.
+
+    ``retrieved`` is True for one that came from the predecessor and has a descriptor.
+    """
+
+    __slots__ = ("file_set", "name", "retrieved")
+
+    def __init__(self, luo: Luo, name: str) -> None:
+        raw = name.encode("utf-8", "surrogateescape")[: LIVEUPDATE_SESSION_NAME_LENGTH - 1]
+        self.name = raw.decode("utf-8", "surrogateescape")
+        self.retrieved = False
+        self.file_set = LuoFileSet(luo)
+
+    def __repr__(self) -> str:
+        return f"LuoSession({self.name!r}, {self.file_set.count} files)"
+
+
+class SessionHeader:
+    """``struct luo_session_header``: the sessions of one direction, by name, in order.
+
+    ``active`` is True once there is a place to write them to, or where some came.
+    """
+
+    __slots__ = ("active", "block_set", "sessions")
+
+    def __init__(self, block_set: KhoBlockSet) -> None:
+        self.sessions: dict[str, LuoSession] = {}
+        self.block_set = block_set
+        self.active = False
+
+    @property
+    def count(self) -> int:
+        """How many sessions there are."""
+        return len(self.sessions)
+
+
+class Session(File):
+    """A descriptor of a session: what an agent holds on to.
+
+    ``name`` is the session's (the kernel calls the file ``[luo_session] NAME``). Closing the last
+    reference calls the update of its files off in the old kernel, and finishes them in the new one.
+    """
+
+    __slots__ = ("_luo", "session")
+
+    def __init__(self, luo: Luo, session: LuoSession) -> None:
+        super().__init__(luo.kernel, session.name)
+        self._luo = luo
+        self.session = session
+
+    def preserve(self, file: File, token: int) -> None:
+        """Have ``file`` preserved under ``token``, a number of 64 bits that only you understand.
+
+        Raises -EINVAL on a session that came from the predecessor, and what
+        :meth:`~khosim.kernel.liveupdate.luo_file.LuoFileSet.preserve` raises.
+        """
+        self._enter(retrieved=False)
+        self.session.file_set.preserve(_u64(token), file)
+
+    def retrieve(self, token: int) -> Any:
+        """The file that was preserved under ``token``: what its handler makes, mostly a Memfd.
+
+        Raises -EINVAL on a session of this kernel, and what
+        :meth:`~khosim.kernel.liveupdate.luo_file.LuoFileSet.retrieve` raises.
+        """
+        self._enter(retrieved=True)
+        return self.session.file_set.retrieve(_u64(token))
+
+    def finish(self) -> None:
+        """All is retrieved that is wanted: LUO gives the files up, and frees the others.
+
+        Raises -EINVAL on a session of this kernel, -EBUSY where a handler is not ready.
+        """
+        self._enter(retrieved=True)
+        self.session.file_set.finish()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens of the files in it, in the order of their preservation."""
+        return [luo_file.token for luo_file in self.session.file_set.files]
+
+    def _enter(self, *, retrieved: bool) -> None:
+        self.check_open()
+        if self.session.retrieved != retrieved:
+            why = "the session is an incoming one" if not retrieved else "the session is outgoing"
+            raise KernelError(errno.EINVAL, "luo_session_ioctl", why)
+        self._luo.sessions.down_read()
+
+    def release(self) -> None:
+        """``luo_session_release``."""
+        self._luo.sessions.release(self.session)
+
+
+def _u64(token: int) -> int:
+    if not 0 <= token < 1 << 64:
+        raise InputError("token", f"{token} is not a number of 64 bits")
+    return token
+
+
+class LuoSessions:
+    """``luo_session_global``: the sessions from the predecessor and those for the successor.
+
+    ``serialized`` is True while they must not change; ``deserialized`` is None until the first
+    attempt to read those of the predecessor, then 0 or its negative errno.
+    """
+
+    __slots__ = ("_luo", "deserialized", "incoming", "outgoing", "serialized")
+
+    def __init__(self, luo: Luo) -> None:
+        self._luo = luo
+        self.incoming = SessionHeader(luo.format.session_set())
+        self.outgoing = SessionHeader(luo.format.session_set())
+        self.serialized = False
+        self.deserialized: int | None = None
+
+    def down_read(self) -> None:
+        """Wait for the serialization to end: it does so only where it fails."""
+        if self.serialized:
+            raise KhoSimError("this sleeps for ever: the sessions are frozen for the jump")
+
+    # -- creating and retrieving ----------------------------------------------------------------
+
+    def _alloc(self, name: str) -> LuoSession:
+        if not kmalloc(self._luo.kernel, "luo_session_alloc"):
+            raise KernelError(errno.ENOMEM, "luo_session_alloc", name)
+        return LuoSession(self._luo, name)
+
+    def _insert(self, header: SessionHeader, session: LuoSession) -> None:
+        # luo_session_insert: room first, and only then a look at the name.
+        if header is self.outgoing:
+            header.block_set.grow(header.count + 1)
+        if session.name in header.sessions:
+            raise KernelError(errno.EEXIST, "luo_session_insert", f"session {session.name!r}")
+        header.sessions[session.name] = session
+
+    def _remove(self, header: SessionHeader, session: LuoSession) -> None:
+        del header.sessions[session.name]
+        if header is self.outgoing:
+            header.block_set.shrink(header.count)
+
+    def _getfile(self, session: LuoSession) -> Session:
+        # luo_session_getfile
+        if not kmalloc(self._luo.kernel, "anon_inode_getfile"):
+            raise KernelError(errno.ENOMEM, "anon_inode_getfile", session.name)
+        return Session(self._luo, session)
+
+    def create(self, name: str) -> Session:
+        """``luo_session_create``: a new session, empty.
+
+        Raises -EINVAL for a name that is not 1 to 63 bytes, -EEXIST, -ENOSPC, -ENOMEM.
+        """
+        symbol = "luo_session_create"
+        length = len(name.encode("utf-8", "surrogateescape").split(b"\0", 1)[0])
+        if not 0 < length < LIVEUPDATE_SESSION_NAME_LENGTH:
+            raise KernelError(errno.EINVAL, symbol, f"a name of {length} bytes")
+        session = self._alloc(name.split("\0", 1)[0])
+        self.down_read()
+        kernel = self._luo.kernel
+        error = 0
+        try:
+            self._insert(self.outgoing, session)
+            try:
+                return self._getfile(session)
+            except KernelError:
+                self._remove(self.outgoing, session)
+                raise
+        except KernelError as refused:
+            error = -refused.errno
+            raise
+        finally:
+            if kernel.trace is not None:
+                kernel.emit(symbol, {"name": session.name}, error)
+
+    def retrieve(self, name: str) -> Session:
+        """``luo_session_retrieve``: the predecessor's session of that name, once.
+
+        Raises -ENOENT where there is none, -EINVAL where it was retrieved before, -ENOMEM.
+        """
+        self.down_read()
+        symbol = "luo_session_retrieve"
+        session = self.incoming.sessions.get(name)
+        if session is None:
+            raise KernelError(errno.ENOENT, symbol, f"session {name!r}")
+        if session.retrieved:
+            raise KernelError(errno.EINVAL, symbol, f"session {name!r} was retrieved before")
+        file = self._getfile(session)
+        session.retrieved = True
+        kernel = self._luo.kernel
+        if kernel.trace is not None:
+            kernel.emit(symbol, {"name": name}, 0)
+        return file
+
+    def release(self, session: LuoSession) -> None:
+        """``luo_session_release``: the last descriptor is closed: finish, or call it off."""
+        self.down_read()
+        kernel = self._luo.kernel
+        if session.retrieved:
+            try:
+                session.file_set.finish()
+            except KernelError:
+                kernel.printk(f"luo: Unable to finish session [{session.name}] on release")
+                return
+            header = self.incoming
+        else:
+            session.file_set.unpreserve_files()
+            header = self.outgoing
+        self._remove(header, session)
+        session.file_set.destroy()
+        if kernel.trace is not None:
+            kernel.emit("luo_session_release", {"name": session.name}, 0)
+
+    # -- from the predecessor -------------------------------------------------------------------
+
+    def setup_incoming(self, sessions_pa: int) -> None:
+        """``luo_session_setup_incoming``: adopt the blocks; raises what they are refused with."""
+        if sessions_pa:
+            self.incoming.block_set.restore(sessions_pa)
+            self.incoming.active = True
+
+    def deserialize(self) -> None:
+        """``luo_session_deserialize``: read the predecessor's sessions, at the first call.
+
+        Every later call ends as the first did. After a refusal the sessions that were read stay,
+        and the blocks and files of the others are lost until the next kexec.
+        """
+        if self.deserialized is not None:
+            if self.deserialized:
+                symbol = "luo_session_deserialize"
+                raise KernelError(-self.deserialized, symbol, "as at the first attempt")
+            return
+        self.deserialized = 0
+        header = self.incoming
+        if not header.active:
+            return
+        kernel = self._luo.kernel
+        failed: KernelError | None = None
+        try:
+            it = header.block_set.iterate()
+            while (entry := it.read_entry()) is not None:
+                data = kernel.ram.read(entry, LUO_SESSION_SER_BYTES)
+                self._deserialize_one(unpack_luo_session_ser(data))
+        except KernelError as refused:
+            failed = refused
+            self.deserialized = -refused.errno
+        header.block_set.destroy()
+        if kernel.trace is not None:
+            args = {"count": header.count}
+            kernel.emit("luo_session_deserialize", args, self.deserialized)
+        if failed is not None:
+            raise failed
+
+    def _deserialize_one(self, ser: LuoSessionSer) -> None:
+        printk = self._luo.kernel.printk
+        try:
+            session = self._alloc(ser.name)
+        except KernelError as refused:
+            printk(
+                f"luo: Failed to allocate session [{ser.name}] during deserialization "
+                f"-{refused.name}"
+            )
+            raise
+        try:
+            self._insert(self.incoming, session)
+        except KernelError as refused:
+            printk(f"luo: Failed to insert session [{session.name}] -{refused.name}")
+            raise
+        try:
+            session.file_set.deserialize(ser.file_set)
+        except KernelError as refused:
+            printk(
+                f"luo: Failed to deserialize files for session [{session.name}] -{refused.name}"
+            )
+            raise
+
+    # -- for the successor ----------------------------------------------------------------------
+
+    def serialize(self) -> None:
+        """``luo_session_serialize``: freeze all files and write all sessions down.
+
+        Raises what a file's ``freeze`` raises; then all is as it was. On success nothing may
+        change any more.
+        """
+        self.down_read()
+        self.serialized = True
+        error = 0
+        try:
+            self._serialize()
+        except KernelError as refused:
+            self.serialized = False
+            error = -refused.errno
+            raise
+        finally:
+            kernel = self._luo.kernel
+            if kernel.trace is not None:
+                kernel.emit("luo_session_serialize", {"count": self.outgoing.count}, error)
+
+    def _serialize(self) -> None:
+        luo = self._luo
+        kernel = luo.kernel
+        header = self.outgoing
+        by = kernel.by("luo_session_serialize")
+        luo.format.publish_sessions(luo.luo_ser_out, 0)
+        it = header.block_set.iterate()
+        frozen: list[LuoSession] = []
+        try:
+            for session in header.sessions.values():
+                entry = it.reserve_entry()
+                if entry is None:
+                    symbol = "luo_session_serialize"
+                    kernel.warn_once(f"WARNING: {symbol}: no room", symbol)
+                    raise KernelError(errno.ENOSPC, symbol, "no room was set aside")
+                try:
+                    file_set_ser = session.file_set.freeze()
+                except KernelError:
+                    it.prev()
+                    raise
+                if file_set_ser is not None:
+                    self._write_file_set(entry, file_set_ser)
+                name = session.name.encode("utf-8", "surrogateescape")
+                kernel.ram.write(entry, name + b"\0", by)
+                frozen.append(session)
+        except KernelError:
+            for session in reversed(frozen):
+                entry = it.prev()
+                assert entry is not None
+                if session.file_set.unfreeze():
+                    unfreeze_by = kernel.by("luo_file_unfreeze")
+                    kernel.ram.zero(entry + _FILE_SET_OFFSET, _FILE_SET_BYTES, unfreeze_by)
+                kernel.ram.zero(entry, LIVEUPDATE_SESSION_NAME_LENGTH, by)
+            raise
+        if header.sessions:
+            luo.format.publish_sessions(luo.luo_ser_out, header.block_set.head_pa)
+
+    def _write_file_set(self, entry: int, ser: LuoFileSetSer) -> None:
+        kernel = self._luo.kernel
+        data = pack_luo_session_ser(LuoSessionSer("", ser))[_FILE_SET_OFFSET:]
+        kernel.ram.write(entry + _FILE_SET_OFFSET, data, kernel.by("luo_file_freeze"))
