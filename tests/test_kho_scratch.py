@@ -230,6 +230,55 @@ def test_fixed_sizes_are_rounded_up_too(arch, align):
 # -- places ---------------------------------------------------------------------------------------
 
 
+OLDER = RELEASE.evolve(
+    scratch_alignment="pageblock",
+    scratch_rounds_first=True,
+    scratch_explicit_rounded=False,
+    scratch_excludes_hugetlb=False,
+)
+"""How 6.16 to 7.1 size scratch."""
+
+
+def test_older_releases_take_off_the_rounded_size():
+    """Pageblocks of 2 MiB, and global is what is left of twice all after lowmem was rounded."""
+    memblock = a_memblock((0, 2 * GIB, 0), (4 * GIB, 6 * GIB, 0))
+    memblock.memblock_reserve_kern(16 * MIB, 10 * MIB + 4 * KIB)
+    memblock.memblock_reserve_kern(5 * GIB, 3 * MIB - 4 * KIB)
+    sizes = ScratchSizes()
+    sizes.update(memblock, X86, OLDER)
+    # Twice: 20 MiB + 8 KiB in low memory, 26 MiB in all.
+    assert (sizes.lowmem_bytes, sizes.global_bytes) == (22 * MIB, 4 * MIB)
+    newer = ScratchSizes()
+    newer.update(memblock, X86, RELEASE)
+    assert (newer.lowmem_bytes, newer.global_bytes) == (24 * MIB, 8 * MIB)
+
+
+def test_older_releases_may_take_off_too_much():
+    """Less than nothing is left for global: rounding it up wraps to 0 again."""
+    memblock = a_memblock((0, 2 * GIB, 0))
+    memblock.memblock_reserve_kern(16 * MIB, 10 * MIB + 4 * KIB)
+    sizes = ScratchSizes()
+    sizes.update(memblock, X86, OLDER)
+    assert (sizes.lowmem_bytes, sizes.global_bytes) == (22 * MIB, 0)
+
+
+def test_older_releases_round_no_explicit_size_but_the_nodes():
+    """kho_scratch=1M,3M,1M: lowmem and global as they are, a node's to a whole pageblock."""
+    memblock = a_memblock((0, GIB, 0))
+    sizes = ScratchSizes()
+    sizes.parse("1M,3M,1M", lambda line: None)
+    sizes.update(memblock, X86, OLDER)
+    assert (sizes.lowmem_bytes, sizes.global_bytes) == (MIB, 3 * MIB)
+    assert sizes.node_bytes(memblock, 0, X86, OLDER) == 2 * MIB
+    ram = Ram(GIB, page_size=4096)
+    array, count, done = kho_reserve_scratch(
+        memblock, ram, X86, OLDER, sizes, [0], BY, lambda line: None
+    )
+    assert done
+    areas = read_scratch_array(ram.read(array, 16 * count))
+    assert areas == [(GIB - 2 * MIB, MIB), (GIB - 6 * MIB, 3 * MIB), (GIB - 8 * MIB, 2 * MIB)]
+
+
 def reserve(memblock, text, nodes, ram_bytes=64 * MIB):
     """kho_reserve_scratch with kho_scratch=text; areas, messages, success, array address."""
     sizes, said = ScratchSizes(), []

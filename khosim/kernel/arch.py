@@ -2,7 +2,8 @@
 
 Constants from ``arch/{x86,arm64}/include/asm`` and ``include/linux/mmzone.h`` @ 7.3, for kernels
 with SPARSEMEM_VMEMMAP, NUMA, huge pages and deferred struct-page initialisation. Neither has
-ZONE_DMA, and arm64 has no ZONE_DMA32 either: all of its memory counts as low.
+ZONE_DMA, and arm64 has no ZONE_DMA32 either: all of its memory counts as low unless
+:meth:`Arch.with_zone_dma` says otherwise.
 """
 
 from __future__ import annotations
@@ -39,8 +40,22 @@ class Arch:
 
     @property
     def scratch_align_bytes(self) -> int:
-        """``SCRATCH_ALIGNMENT_BYTES``: ``PAGE_SIZE * MAX_ORDER_NR_PAGES``."""
+        """``SCRATCH_ALIGNMENT_BYTES`` since 7.2: ``PAGE_SIZE * MAX_ORDER_NR_PAGES``."""
         return self.page_size << self.max_page_order
+
+    @property
+    def pageblock_bytes(self) -> int:
+        """``CMA_MIN_ALIGNMENT_BYTES``: the bytes of a pageblock; scratch's alignment up to 7.1."""
+        return self.page_size << self.pageblock_order
+
+    def with_zone_dma(self, start_phys: int, end_phys: int) -> Arch:
+        """``dma_limits_init``: arm64 with ZONE_DMA, on a machine whose RAM spans that range."""
+        if self.name != "arm64":
+            return self
+        limit = min(end_phys, 1 << 32) if start_phys < (1 << 32) - 1 else end_phys
+        return dataclasses.replace(
+            self, zone_ends_phys=(("DMA", limit),), low_address_limit=limit - 1
+        )
 
 
 def _tree_depth(page_shift: int) -> int:

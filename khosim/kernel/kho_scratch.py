@@ -2,7 +2,8 @@
 
 Models ``kernel/liveupdate/kexec_handover.c``: ``kho_parse_scratch_size``, ``scratch_size_update``,
 ``scratch_size_node``, ``kho_reserve_scratch``, ``kho_scratch_overlap`` and ``kho_extend_scratch``
-@ 7.3. The scratch array itself is bytes in RAM: pairs of u64 address and size.
+@ 7.3, and the sizing of earlier releases (``kernel/kexec_handover.c`` @ 6.16). The scratch array
+itself is bytes in RAM: pairs of u64 address and size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from khosim.kernel.release import Release
 from khosim.machine.ram import Ram
 from khosim.units import memparse
 
-__all__ = ("ScratchSizes", "kho_extend_scratch", "kho_reserve_scratch", "read_scratch_array")
+__all__ = (
+    "ScratchSizes",
+    "kho_extend_scratch",
+    "kho_reserve_scratch",
+    "read_scratch_array",
+    "scratch_align_bytes",
+)
 
 _ENTRY = struct.Struct("<QQ")
 _U32_MAX = (1 << 32) - 1
@@ -83,14 +90,19 @@ class ScratchSizes:
 
     def update(self, memblock: Memblock, arch: Arch, release: Release) -> None:
         """``scratch_size_update``: lowmem and global sizes, rounded to the scratch alignment."""
+        align = scratch_align_bytes(arch, release)
         if self.scale_percent:
             low = _boot_bytes(memblock, arch.low_address_limit, -1, release)
             self.lowmem_bytes = ((low * self.scale_percent) & _U64) // 100
+            if release.scratch_rounds_first:
+                self.lowmem_bytes = _round_up(self.lowmem_bytes, align)
             everything = _boot_bytes(memblock, _ANYWHERE, -1, release)
             scaled = ((everything * self.scale_percent) & _U64) // 100
             self.global_bytes = (scaled - self.lowmem_bytes) & _U64
-        self.lowmem_bytes = _round_up(self.lowmem_bytes, arch.scratch_align_bytes)
-        self.global_bytes = _round_up(self.global_bytes, arch.scratch_align_bytes)
+        elif not release.scratch_explicit_rounded:
+            return
+        self.lowmem_bytes = _round_up(self.lowmem_bytes, align)
+        self.global_bytes = _round_up(self.global_bytes, align)
 
     def node_bytes(self, memblock: Memblock, nid: int, arch: Arch, release: Release) -> int:
         """``scratch_size_node``: the size of node ``nid``'s own area."""
@@ -98,7 +110,14 @@ class ScratchSizes:
         if self.scale_percent:
             boot = _boot_bytes(memblock, _ANYWHERE, nid, release)
             size = ((boot * self.scale_percent) & _U64) // 100
-        return _round_up(size, arch.scratch_align_bytes)
+        return _round_up(size, scratch_align_bytes(arch, release))
+
+
+def scratch_align_bytes(arch: Arch, release: Release) -> int:
+    """``SCRATCH_ALIGNMENT_BYTES``; before 7.2 ``CMA_MIN_ALIGNMENT_BYTES`` took its place."""
+    if release.scratch_alignment == "pageblock":
+        return arch.pageblock_bytes
+    return arch.scratch_align_bytes
 
 
 def _round_up(size: int, align: int) -> int:
@@ -138,7 +157,7 @@ def kho_reserve_scratch(
     ram.zero(array, count * _ENTRY.size, by)
     areas: list[tuple[int, int]] = []
     failed = ""
-    align = arch.scratch_align_bytes
+    align = scratch_align_bytes(arch, release)
     for name, size, addr in _reserve_areas(memblock, arch, release, sizes, memory_nodes, align):
         if not addr:
             failed = name

@@ -40,6 +40,12 @@ class Release:
     """``kho_extend_scratch``: early boot may use every 1 GiB block free of preserved memory."""
     scratch_excludes_hugetlb: bool = True
     """Boot-time huge pages do not count when scratch is sized."""
+    scratch_alignment: str = "max-order"
+    """Scratch areas are aligned to the largest buddy block, or to a "pageblock" (up to 7.1)."""
+    scratch_rounds_first: bool = False
+    """The global area is what remains after lowmem was rounded up (up to 7.1)."""
+    scratch_explicit_rounded: bool = True
+    """Lowmem and global sizes of ``kho_scratch=`` are rounded up as well (not before 7.2)."""
     hugetlb_outside_scratch: bool = True
     """``memblock_alloc_hugetlb``: boot-time huge pages never lie in scratch."""
     kdump_guard: bool = True
