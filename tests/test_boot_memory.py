@@ -9,9 +9,13 @@ import pytest
 from khosim import Machine
 from khosim.abi.boot_params import parse_boot_params
 from khosim.kernel import e820
+from khosim.kernel.image import KernelConfig
 from khosim.kernel.memblock import MEMBLOCK_RSRV_HUGETLB
+from khosim.kernel.release import find_release
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+LIMIT = 254 * MIB
+"""The end of RAM in a machine of 256 MiB, in whole pageblocks."""
 
 
 def boot(cmdline="kho=on", ram="64M", *, arch="x86_64", page_size=4096, **options):
@@ -245,6 +249,42 @@ def test_where_crash_memory_lies(arch, text, window):
 
 
 @pytest.mark.parametrize(
+    ("text", "low_bytes"),
+    [
+        ("64M,high", 256 * MIB),
+        ("64M,high crashkernel=32M,low", 32 * MIB),
+        ("64M,high crashkernel=0,low", 0),
+        ("3500M", 256 * MIB),  # does not fit below, and needs a little there
+        ("64M", 0),
+    ],
+)
+def test_a_crash_kernel_above_4_gib_gets_some_memory_below(text, low_bytes):
+    """reserve_crashkernel_low, by default large enough for bounce buffers."""
+    _, kernel = boot(f"kho=off crashkernel={text}", "8G")
+    if not low_bytes:
+        assert kernel.crashk_low_res == []
+        return
+    ((low, high),) = kernel.crashk_low_res
+    assert (high - low, low % (16 * MIB)) == (low_bytes, 0)
+    assert high <= 4 * GIB
+    line = f"crashkernel low memory reserved: 0x{low:08x} - 0x{high:08x} ({low_bytes >> 20} MB)"
+    assert line in kernel.messages
+
+
+def test_no_room_below_for_a_crash_kernel_above():
+    """All of it is given back."""
+    _, kernel = boot("kho=off crashkernel=64M,high crashkernel=3500M,low", "8G")
+    assert (kernel.crashk_res, kernel.crashk_low_res) == ([], [])
+    assert "cannot allocate crashkernel low memory (size:0xdac00000)." in kernel.messages
+    assert not any(size == 64 * MIB for _, size in held(kernel))
+
+
+def held(kernel):
+    """(start, size) of what memblock has reserved for the kernel."""
+    return [(start, end - start) for start, end, flags in reserved(kernel) if flags & 0x20]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("x", "crashkernel: memory value expected"),
@@ -270,3 +310,76 @@ def test_crashkernel_refusals(text, message):
     assert kernel.crashk_res == []
     said = [line for line in kernel.messages if "crashkernel" in line]
     assert said == ([message] if message else said)
+
+
+# -- contiguous memory ----------------------------------------------------------------------------
+
+
+def boot_cma(cma_bytes, cmdline="kho=off", ram="256M", *, arch="x86_64", **changes):
+    """A kernel built with a default area of ``cma_bytes``."""
+    config = KernelConfig(release=find_release("7.3"), cma_bytes=cma_bytes, **changes)
+    return Machine(ram, arch=arch, checks=False).boot(cmdline=cmdline, config=config)
+
+
+def cma_lines(kernel):
+    """What the kernel said of it."""
+    return [line for line in kernel.messages if line.startswith("cma:")]
+
+
+@pytest.mark.parametrize(
+    ("cma_bytes", "word", "ram", "expected"),
+    [
+        (None, "cma=32M", "256M", []),
+        (0, "", "256M", []),
+        (32 * MIB, "cma=0", "256M", []),
+        (32 * MIB, "", "8G", ["cma: Reserved 32 MiB at 0x0000000100000000"]),
+        (0, "cma=16M@64M", "256M", ["cma: Reserved 16 MiB at 0x0000000004000000"]),
+        (0, "cma=16M@63M-80M", "256M", ["cma: Reserved 16 MiB at 0x0000000004000000"]),
+        (
+            0,
+            "cma=16M@63M",
+            "256M",
+            [
+                "cma: Region at 0x0000000003f00000 must be aligned to 0x0000000000200000 bytes",
+                "cma: Failed to reserve 16 MiB",
+            ],
+        ),
+        (0, "cma=16M@0x1000000", "256M", ["cma: Failed to reserve 16 MiB"]),  # the kernel is there
+        (
+            0,
+            "cma=1G",
+            "256M",
+            [
+                f"cma: Size (0x{GIB:016x}) of region at 0x{0:016x} exceeds limit (0x{LIMIT:016x})",
+                "cma: Failed to reserve 1024 MiB",
+            ],
+        ),
+    ],
+)
+def test_cma(cma_bytes, word, ram, expected):
+    """Built in or asked for; above 4 GiB where there is room, or where cma= says."""
+    assert cma_lines(boot_cma(cma_bytes, f"kho=off {word}", ram)) == expected
+
+
+def test_cma_counts_when_scratch_is_sized_but_for_no_node():
+    """It is reserved after reserved memory got its nodes."""
+    with_cma = boot_cma(32 * MIB, "kho=on", "512M").scratch_areas()
+    without = boot_cma(None, "kho=on", "512M").scratch_areas()
+    grown = [a[1] - b[1] for a, b in zip(with_cma, without, strict=True)]
+    assert grown == [64 * MIB, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("ram", "zone_dma", "low_end"),
+    [("8G", True, 4 * GIB), ("8G", False, 1 << 52), ("1G", True, 2 * GIB)],
+)
+def test_low_memory_of_arm64(ram, zone_dma, low_end):
+    """With ZONE_DMA it ends at 4 GiB or with memory; CMA, bounce buffers and lowmem lie there."""
+    kernel = boot_cma(32 * MIB, "kho=on", ram, arch="arm64", zone_dma=zone_dma)
+    assert kernel.arch.low_address_limit == low_end - 1
+    assert kernel.scratch_areas()[0][0] < low_end
+    names = {zone.name for zone in kernel.pages.zones}
+    assert ("DMA" in names) == zone_dma
+    assert ("Normal" in names) == (ram == "8G" or not zone_dma)
+    (line,) = cma_lines(kernel)
+    assert int(line.split()[-1], 16) < low_end

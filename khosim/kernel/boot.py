@@ -56,6 +56,8 @@ def boot(
             raise KernelPanic("the machine has no kernel to start: load one first", generation)
         config = _find_kernel(hardware, entry)
         arch = find_arch(hardware.arch, hardware.page_size)
+        if config.zone_dma and hardware.ram_ranges:
+            arch = arch.with_zone_dma(hardware.ram_ranges[0][0], hardware.ram_ranges[-1][1])
         kernel = Kernel(hardware, arch, config, generation, policy=policy, trace=trace, host=host)
         _start_kernel(kernel, entry)
     except KernelPanic as panic:
@@ -88,14 +90,18 @@ def _start_kernel(kernel: Kernel, entry: int) -> None:
     else:
         boot_arm64.setup_arch(kernel, entry, kernel.hardware.registers.get("x0", 0))
     _mm_core_init_early(kernel)
+    kernel.phase = "setup_command_line"
     boot_memory.setup_command_line(kernel)
     boot_memory.setup_per_cpu_areas(kernel)
     kernel.phase = "parse_args"
     for text in kernel.options.reserve_mem:
         kernel.reserve_mem.parse(text)
+    kernel.phase = "setup_log_buf"
     boot_memory.setup_log_buf(kernel, early=False)
+    kernel.phase = "vfs_caches_init_early"
     boot_memory.alloc_large_system_hashes(kernel)
     if x86:
+        kernel.phase = "trap_init"
         boot_x86.trap_init(kernel)
     _mm_core_init(kernel)
     _initcalls(kernel)
@@ -111,6 +117,7 @@ def _mm_core_init_early(kernel: Kernel) -> None:
         offline = [n for n in kernel.hardware.memory_map.online_nodes if n not in known]
         boot_memory.alloc_offline_node_data(kernel, offline)
     kernel.nr_kernel_pages = boot_memory.calc_nr_kernel_pages(kernel)
+    kernel.phase = "hugetlb_bootmem_alloc"
     boot_hugetlb.hugetlb_bootmem_alloc(kernel)
     boot_memory.sparse_init(kernel)
     if kernel.kho_scratch_cnt:
@@ -140,7 +147,7 @@ def _mark_scratch_pageblocks(kernel: Kernel) -> None:
 
 
 def _mm_core_init(kernel: Kernel) -> None:
-    kernel.phase = "mm_core_init"
+    kernel.phase = "swiotlb_init"
     boot_memory.swiotlb_init(kernel)
     kho_memory_init(kernel)
     if kernel.host is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from khosim.abi import fdt
 from khosim.errors import KernelPanic
 from khosim.kernel import boot_memory
+from khosim.kernel.boot_cma import dma_contiguous_reserve
 from khosim.kernel.boot_crashkernel import reserve_crashkernel
 from khosim.kernel.early_ioremap import early_fault
 
@@ -55,7 +56,8 @@ def setup_arch(kernel: Kernel, entry: int, dtb_phys: int) -> None:
     kernel.memblock.debug = options.memblock_debug
     _arm64_memblock_init(kernel, tree, chosen)
     _paging_init(kernel)
-    # unflatten_device_tree: nodes and properties as structures, several times their size.
+    # Nodes and properties as structures, several times their size.
+    kernel.phase = "unflatten_device_tree"
     boot_memory.memblock_alloc_or_panic(
         kernel, len(tree) * 5 & -8, "early_init_dt_alloc_memory_arch"
     )
@@ -307,6 +309,9 @@ def _bootmem_init(kernel: Kernel, tree: memoryview) -> None:
         nodes = {0}
         _set_nodes(kernel, [(low, high, 0)])
     boot_memory.alloc_node_data(kernel, sorted(nodes))
+    kernel.phase = "dma_contiguous_reserve"
+    dma_contiguous_reserve(kernel, kernel.arch.low_address_limit + 1)
+    kernel.phase = "reserve_crashkernel"
     reserve_crashkernel(kernel)
 
 

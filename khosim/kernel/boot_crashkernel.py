@@ -1,8 +1,7 @@
 """Memory set aside for a crash kernel.
 
 Models ``kernel/crash_reserve.c:parse_crashkernel`` and ``reserve_crashkernel_generic`` @ 7.3 with
-the limits of ``arch/{x86,arm64}/include/asm/crash_reserve.h``. Left out: ``,cma`` and the second
-region that x86-64 adds in low memory for a crash kernel above 4 GiB.
+the limits of ``arch/{x86,arm64}/include/asm/crash_reserve.h``. Left out: ``,cma``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ("reserve_crashkernel",)
 
 _MIB = 1 << 20
-_4_GIB = 1 << 32
 _ALIGN = {"x86_64": 16 * _MIB, "arm64": 2 * _MIB}
 _HIGH_MAX = {"x86_64": 64 << 40, "arm64": 1 << 52}
 _WORD = re.compile(r"crashkernel=([^ ]*)")
@@ -26,14 +24,16 @@ _SUFFIX = re.compile(r",(high|low|cma)$")
 
 
 def reserve_crashkernel(kernel: Kernel) -> None:
-    """``arch_reserve_crashkernel``: sets ``kernel.crashk_res`` where it succeeds."""
+    """``arch_reserve_crashkernel``: sets ``kernel.crashk_res`` where it succeeds.
+
+    A crash kernel above low memory also gets a region below, ``kernel.crashk_low_res``.
+    """
     found = _parse(kernel)
     if found is None:
         return
-    size, base, high = found
+    size, base, low_bytes, high = found
     arch, memblock = kernel.arch, kernel.memblock
-    low_max = _4_GIB if arch.name == "x86_64" else arch.low_address_limit + 1
-    high_max = _HIGH_MAX[arch.name]
+    low_max, high_max = arch.low_address_limit + 1, _HIGH_MAX[arch.name]
     if base:
         windows = [(base, base + size)]
     elif high:
@@ -43,38 +43,71 @@ def reserve_crashkernel(kernel: Kernel) -> None:
     for start, end in windows:
         phys = memblock.memblock_phys_alloc_range(size, _ALIGN[arch.name], start, end)
         if phys:
-            kernel.crashk_res = [(phys, phys + size)]
-            kernel.printk(
-                f"crashkernel reserved: 0x{phys:016x} - 0x{phys + size:016x} ({size >> 20} MB)"
-            )
-            return
-    if base:
-        kernel.printk("crashkernel reservation failed - memory is in use.")
+            break
+        if start == 0 and not high:
+            low_bytes = _default_low_bytes(kernel)
     else:
-        kernel.printk(f"cannot allocate crashkernel (size:0x{size:x})")
+        if base:
+            kernel.printk("crashkernel reservation failed - memory is in use.")
+        else:
+            kernel.printk(f"cannot allocate crashkernel (size:0x{size:x})")
+        return
+    if phys >= low_max and low_bytes:
+        # reserve_crashkernel_low
+        low = memblock.memblock_phys_alloc_range(low_bytes, _ALIGN[arch.name], 0, low_max)
+        if not low:
+            kernel.printk(f"cannot allocate crashkernel low memory (size:0x{low_bytes:x}).")
+            memblock.memblock_phys_free(phys, size)
+            return
+        kernel.printk(
+            f"crashkernel low memory reserved: 0x{low:08x} - 0x{low + low_bytes:08x} "
+            f"({low_bytes >> 20} MB)"
+        )
+        kernel.crashk_low_res = [(low, low + low_bytes)]
+    kernel.crashk_res = [(phys, phys + size)]
+    kernel.printk(f"crashkernel reserved: 0x{phys:016x} - 0x{phys + size:016x} ({size >> 20} MB)")
 
 
-def _parse(kernel: Kernel) -> tuple[int, int, bool] | None:
-    # parse_crashkernel: (size, base or 0, wanted above 4 GiB), from the last word that fits.
+def _default_low_bytes(kernel: Kernel) -> int:
+    # DEFAULT_CRASH_KERNEL_LOW_SIZE
+    if kernel.arch.name == "arm64":
+        return 128 * _MIB
+    return max(kernel.config.swiotlb_bytes + 8 * _MIB, 256 * _MIB)
+
+
+def _parse(kernel: Kernel) -> tuple[int, int, int, bool] | None:
+    # parse_crashkernel, from the last word that fits: (size, base or 0, size below, wanted above).
     texts = _WORD.findall(kernel.cmdline)
     plain = [text for text in texts if not _SUFFIX.search(text)]
     system_ram = kernel.memblock.memblock_phys_mem_size()
-    high = False
+    high, low_bytes = False, 0
     if plain:
         text = plain[-1]
         size_base = _ranges(kernel, text, system_ram) if ":" in text else _simple(kernel, text)
     else:
-        texts = [text for text in texts if text.endswith(",high")]
-        if not texts:
+        size = _suffixed(kernel, texts, ",high")
+        if not size:
             return None
-        high = True
-        size, end = memparse(texts[-1])
-        if not end:
-            kernel.printk("crashkernel: memory value expected")
-        size_base = (size, 0) if texts[-1][end:] == ",high" else None
-    if size_base is None or not size_base[0] or size_base[0] >= system_ram:
+        wanted = _suffixed(kernel, texts, ",low")
+        if wanted == -1:
+            return None
+        low_bytes = _default_low_bytes(kernel) if wanted is None else wanted
+        high, size_base = True, (size, 0)
+    if size_base is None or not size_base[0] or not 0 < size_base[0] < system_ram:
         return None
-    return (*size_base, high)
+    return (*size_base, low_bytes, high)
+
+
+def _suffixed(kernel: Kernel, texts: list[str], suffix: str) -> int | None:
+    # parse_crashkernel_suffix of the last such word: None without one, -1 for -EINVAL.
+    found = [text for text in texts if text.endswith(suffix)]
+    if not found:
+        return None
+    size, end = memparse(found[-1])
+    if not end:
+        kernel.printk("crashkernel: memory value expected")
+        return -1
+    return size if found[-1][end:] == suffix else -1
 
 
 def _simple(kernel: Kernel, text: str) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ Models the boot-time users of ``mm/memblock.c`` @ 7.3 that decide how much scrat
 ``mm/sparse-vmemmap.c`` (the memmap), ``mm/percpu.c:pcpu_embed_first_chunk``,
 ``mm/mm_init.c:alloc_large_system_hash`` and ``kernel/dma/swiotlb.c``. Sizes follow the kernel's
 formulas. Small allocations that follow each other are made as one of their total size; those that
-boot gives back at once are left out, and so are CMA areas (``cma=``).
+boot gives back at once are left out.
 """
 
 from __future__ import annotations

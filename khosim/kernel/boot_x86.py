@@ -25,6 +25,7 @@ from khosim.abi.boot_params import (
 )
 from khosim.errors import KernelPanic
 from khosim.kernel import boot_memory, e820
+from khosim.kernel.boot_cma import dma_contiguous_reserve
 from khosim.kernel.boot_crashkernel import reserve_crashkernel
 from khosim.kernel.early_ioremap import early_fault, early_memremap
 
@@ -84,10 +85,15 @@ def setup_arch(kernel: Kernel, entry: int, params_phys: int) -> None:
     kernel.memblock.memblock_clear_kho_scratch(0, _MIB)
 
     _init_mem_mapping(kernel, e820.end_of_ram(table))
+    kernel.phase = "setup_log_buf"
     boot_memory.setup_log_buf(kernel, early=True)
     _reserve_initrd(kernel, params)
     _initmem_init(kernel)
+    kernel.phase = "dma_contiguous_reserve"
+    dma_contiguous_reserve(kernel, kernel.memblock.current_limit)  # the end of mapped memory
+    kernel.phase = "reserve_crashkernel"
     reserve_crashkernel(kernel)
+    kernel.phase = "e820__reserve_resources"
     # acpi_boot_init, io_apic_init_mappings and e820__reserve_resources: resources and their names.
     boot_memory.memblock_alloc_or_panic(kernel, 148 + 64 * len(table), "e820__reserve_resources")
     kernel.system_ram = [(addr, addr + size) for addr, size, kind in table if kind == E820_RAM]
@@ -314,7 +320,8 @@ def _reserve_initrd(kernel: Kernel, params: BootParams) -> None:
     kernel.initrd = (start, start + size)
     if kernel.is_mapped(start, end):
         return
-    # relocate_initrd: mem= left it outside of the direct map.
+    kernel.phase = "relocate_initrd"
+    # mem= left it outside of the direct map.
     area = size + _PAGE - 1 & -_PAGE
     memblock = kernel.memblock
     phys = memblock.memblock_phys_alloc_range(area, _PAGE, 0, memblock.current_limit)

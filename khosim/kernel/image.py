@@ -62,6 +62,10 @@ class KernelConfig:
     log_buf_shift: int = 17
     """``CONFIG_LOG_BUF_SHIFT``."""
     swiotlb_bytes: int = 64 << 20
+    cma_bytes: int | None = None
+    """``CONFIG_CMA_SIZE_MBYTES`` as bytes; None: without ``CONFIG_DMA_CMA``."""
+    zone_dma: bool = False
+    """arm64: ``CONFIG_ZONE_DMA``, so that low memory ends at 4 GiB."""
 
     def evolve(self, **changes: object) -> KernelConfig:
         """This configuration with some fields changed; an unknown name is an InputError."""

@@ -55,6 +55,7 @@ class Kernel(DirectMap, KhoCalls):
         "cmdline",
         "config",
         "crash_image",
+        "crashk_low_res",
         "crashk_res",
         "debugfs",
         "elfcorehdr_bytes",
@@ -136,6 +137,7 @@ class Kernel(DirectMap, KhoCalls):
         self.initrd = (0, 0)
         self.elfcorehdr_bytes = 0
         self.crashk_res: list[tuple[int, int]] = []
+        self.crashk_low_res: list[tuple[int, int]] = []
         self.kexec_image: Kimage | None = None
         """The loaded image; after the jump, the one this kernel left for."""
         self.crash_image: Kimage | None = None
