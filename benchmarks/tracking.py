@@ -102,9 +102,24 @@ def _scattered_pfns(tib: int) -> npt.NDArray[np.int64]:
 
 def _preserve_scattered(pfns: npt.NDArray[np.int64]) -> None:
     kernel = Machine("16T", nodes=1, checks=False).boot(cmdline="kho=on")
+    nr_keys, phys_sum = _walked_keys(kernel)  # boot has preserved a few pages of its own
     kernel.kho_preserve_folios(pfns)
-    if _walked_pages(kernel) < len(pfns):  # boot has preserved a few pages of its own
+    expected = nr_keys + len(pfns), phys_sum + (int(pfns.sum()) << _PAGE_SHIFT)
+    if _walked_keys(kernel) != expected:
         raise AssertionError("the walk lost pages")
+
+
+def _walked_keys(kernel: Kernel) -> tuple[int, int]:
+    """How many keys there are, and the sum of their addresses, as the yardstick counts them."""
+    nr_keys = phys_sum = 0
+    for counts, values in kernel.kho_out.tree.walk_arrays():
+        firsts, lengths = values[counts > 0].astype(np.int64), counts[counts > 0]
+        order_bit = np.frexp(firsts.astype(np.float64))[1] - 1
+        blocks = firsts ^ (np.int64(1) << order_bit)
+        sums = (lengths * blocks + lengths * (lengths - 1) // 2) << (52 - order_bit)
+        nr_keys += int(lengths.sum())
+        phys_sum += int(sums.sum()) << _PAGE_SHIFT
+    return nr_keys, phys_sum
 
 
 def _walked_pages(kernel: Kernel) -> int:

@@ -425,6 +425,10 @@ class TreeMachine(RuleBasedStateMachine):
     def holds_the_keys(self) -> None:
         walked = list(unrolled(self.tree.walk()))
         assert walked == list(plain_walk(self.whole.ram, self.tree.root, self.page_size))
+        pairs = list(self.tree.walk())
+        counts = [count for part, _ in self.tree.walk_arrays() for count in part.tolist()]
+        values = [value for _, part in self.tree.walk_arrays() for value in part.tolist()]
+        assert list(zip(counts, values, strict=True)) == pairs
         assert [value for what, value in walked if what == "key"] == sorted(self.keys)
         for key in self.keys:
             assert self.tree.has_key(key)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from khosim.errors import KernelPanic
 from khosim.kernel.arch import Arch
-from khosim.kernel.kho_radix_bits import first_uses, runs_of_bits
+from khosim.kernel.kho_radix_bits import first_uses, runs_of_bits, runs_of_leaves, set_bits
 from khosim.machine.ram import Ram
 
 __all__ = (
@@ -32,11 +32,13 @@ __all__ = (
     "kho_encode_radix_key",
 )
 
+Keys = npt.NDArray[np.uint64]
 Pfns = npt.NDArray[np.int64]
 _FEW_KEYS = 64
+_MANY_LEAVES = 8  # leaves of one table from which numpy reads them together
+_BATCH_LEAVES = 64
 _REPEATS_MAX = 1 << 15
 _U64 = (1 << 64) - 1
-_BIT = np.left_shift(1, np.arange(8)).astype(np.uint8)
 _WARN = "WARNING: {}: tree has no root"
 
 
@@ -276,32 +278,83 @@ class KhoRadixTree:
         ``(nr_keys, first_key)`` for each run of consecutive keys of a leaf. Nothing without a
         root. Raises :class:`KernelPanic` at an address without memory and for a walk without end.
         """
+        for part in self._walk():
+            if isinstance(part, list):
+                yield from part
+            else:
+                yield from zip(part[0].tolist(), part[1].tolist(), strict=True)
+
+    def walk_arrays(self) -> Iterator[tuple[Pfns, Keys]]:
+        """:meth:`walk` in arrays: of each pair a number in the one and in the other."""
+        for part in self._walk():
+            if isinstance(part, list):
+                counts, values = zip(*part, strict=True)
+                yield np.array(counts, dtype=np.int64), np.array(values, dtype=np.uint64)
+            else:
+                yield part
+
+    def _walk(self) -> Iterator[list[tuple[int, int]] | tuple[Pfns, Keys]]:
+        # What walk() yields, in pieces. Neighbouring leaves are read many at a time.
         if not self.root:
             return
         shifts = self._shifts
         seen = {self.root}
         in_page = self._memory.arch.page_size - 1  # pages may also repeat each other in part
         repeats = 0
-        yield 0, self.root
+        yield [(0, self.root)]
         # What is left of each table on the way down, the next entry last: (key, page).
         ways = [self._entries(self.root, 0, shifts[0])]
         while ways:
             if not ways[-1]:
                 ways.pop()
                 continue
+            if len(ways) == len(shifts) and len(ways[-1]) >= _MANY_LEAVES:
+                leaves = self._plain_leaves(ways[-1], seen)
+                if leaves:
+                    yield self._read_leaves(leaves)
+                    continue
             key, node = ways[-1].pop()
-            yield 0, node
+            yield [(0, node)]
             if len(ways) < len(shifts):
                 found = self._entries(node, key, shifts[len(ways)])
                 ways.append(found)
             else:
                 found = runs_of_bits(self._page(node), key)
-                yield from found
+                if found:
+                    yield found
             if node in seen or node & in_page:
                 repeats += 1 + len(found)
                 if repeats > _REPEATS_MAX:
                     raise self._hang("kho_radix_walk_tree")
             seen.add(node)
+
+    def _plain_leaves(
+        self, entries: list[tuple[int, int]], seen: set[int]
+    ) -> list[tuple[int, int]]:
+        """Take leaves off the end of ``entries`` up to the first that is not a page of its own."""
+        page_size, mapped = self._memory.arch.page_size, self._mapped
+        taken: list[tuple[int, int]] = []
+        while entries and len(taken) < _BATCH_LEAVES:
+            node = entries[-1][1]
+            if node in seen or node & (page_size - 1):
+                break
+            if node not in mapped:
+                try:
+                    self._map(node, node)
+                except KernelPanic:
+                    break  # when its turn comes
+            seen.add(node)
+            taken.append(entries.pop())
+        return taken
+
+    def _read_leaves(self, leaves: list[tuple[int, int]]) -> tuple[Pfns, Keys]:
+        page_size, shift = self._memory.arch.page_size, self._memory.arch.page_shift
+        keys, nodes = np.array(leaves, dtype=np.int64).T
+        pages = self._memory.ram.data.reshape(-1, page_size)[nodes >> shift]
+        counts, firsts, rows = runs_of_leaves(pages.view("<u8"), keys)
+        # Each leaf's page stands before its runs.
+        at = np.searchsorted(rows, np.arange(len(leaves)))
+        return np.insert(counts, at, 0), np.insert(firsts, at, nodes).astype(np.uint64)
 
     def _entries(self, node: int, start: int, shift: int) -> list[tuple[int, int]]:
         indexes, children = self._children(node)
@@ -339,7 +392,7 @@ class KhoRadixTree:
             leaf_phys[slot] = leaf
         ram.note_writes(leaf_phys[leaf_phys > 0] >> self._memory.arch.page_shift, by)
         bits = keys[:done] & self._leaf_mask
-        np.bitwise_or.at(ram.data, leaf_phys[slots[:done]] + (bits >> 3), _BIT[bits & 7])
+        set_bits(ram.data, leaf_phys[slots[:done]] + (bits >> 3), bits & 7)
         if done == len(keys):
             return 0, done
         if not leaf:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("first_uses", "runs_of_bits")
+__all__ = ("first_uses", "runs_of_bits", "runs_of_leaves", "set_bits")
 
 Numbers = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
 _SPARSE_WORDS = 16
 _NARROW = 1 << 22
 
@@ -27,16 +28,30 @@ def runs_of_bits(bitmap: npt.NDArray[np.uint8], base: int) -> list[tuple[int, in
     used = words.nonzero()[0]
     if len(used) <= _SPARSE_WORDS:
         return list(_sparse_runs(used.tolist(), words[used].tolist(), base))
-    flags = np.unpackbits(words[used].view(np.uint8), bitorder="little")
-    bits = flags.view(np.bool_).nonzero()[0]
-    if len(used) < len(words):
-        bits = (used[bits >> 6] << 6) | (bits & 63)
-    after_gap = (bits[1:] - bits[:-1] != 1).nonzero()[0] + 1
-    edges = np.empty(len(after_gap) + 2, dtype=np.int64)
-    edges[0], edges[1:-1], edges[-1] = 0, after_gap, len(bits)
+    counts, firsts, _ = runs_of_leaves(words.reshape(1, -1), np.array([base], dtype=np.int64))
+    return list(zip(counts.tolist(), firsts.tolist(), strict=True))
+
+
+def runs_of_leaves(words: Words, bases: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    """:func:`runs_of_bits` of many bitmaps, a row of ``words`` each: ``(lengths, firsts, rows)``.
+
+    ``rows`` tells for each run which bitmap it is in, ascending; none goes on in the next.
+    """
+    width = words.shape[1].bit_length() + 5  # log2 of the bits of a row
+    flat = words.ravel()
+    used = (flat != 0).nonzero()[0]
+    octets = flat[used].view(np.uint8)
+    some = (octets != 0).nonzero()[0]
+    flags = np.unpackbits(octets[some], bitorder="little").view(np.bool_).nonzero()[0]
+    place = some[flags >> 3]
+    bits = used[place >> 3] << 6 | (place & 7) << 3 | flags & 7
+    begins = np.ones(len(bits) + 1, dtype=np.bool_)
+    np.not_equal(bits[1:] - bits[:-1], 1, out=begins[1:-1])
+    begins[1:-1] |= bits[1:] & ((1 << width) - 1) == 0
+    edges = begins.nonzero()[0]
     firsts = bits[edges[:-1]]
-    counts = edges[1:] - edges[:-1]
-    return list(zip(counts.tolist(), (firsts | base).tolist(), strict=True))
+    rows = firsts >> width
+    return edges[1:] - edges[:-1], bases[rows] | (firsts & ((1 << width) - 1)), rows
 
 
 def _sparse_runs(indexes: list[int], words: list[int], base: int) -> Iterator[tuple[int, int]]:
@@ -58,6 +73,17 @@ def _sparse_runs(indexes: list[int], words: list[int], base: int) -> Iterator[tu
             at += ones
     if count:
         yield count, base | start
+
+
+def set_bits(data: npt.NDArray[np.uint8], octets: Numbers, bits: Numbers) -> None:
+    """``data[octets] |= 1 << bits`` (bits below 8), repeats allowed.
+
+    One bit number after the other: then a byte that is named twice gets the same value twice.
+    """
+    octets = octets[np.argsort(bits.astype(np.uint8), kind="stable")]
+    past = np.bincount(bits, minlength=8).cumsum().tolist()
+    for bit, (start, end) in enumerate(zip([0, *past], past, strict=False)):
+        data[octets[start:end]] |= 1 << bit
 
 
 def first_uses(groups: Numbers) -> tuple[Numbers, Numbers]:
