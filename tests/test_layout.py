@@ -29,6 +29,7 @@ MAY_USE: dict[str, set[str]] = {
     "inspect": BASE | {"machine", "abi", "checks", "capture"},
     "conform": BASE | {"machine", "abi", "kernel", "checks", "capture"},
     "simulator": BASE | {"machine", "abi", "kernel", "checks", "capture"},
+    "plan": BASE | {"machine", "kernel", "capture", "conform"},
     "scenario": BASE | {"machine", "kernel", "checks", "capture", "simulator"},
     "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
@@ -36,7 +37,7 @@ MAY_USE: dict[str, set[str]] = {
     "view": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore"},
     "cli": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore", "testing", "view"}
-    | {"inspect", "conform", "scenario", "bugs", "__init__"},
+    | {"inspect", "conform", "plan", "scenario", "bugs", "__init__"},
     "__main__": {"cli"},
     "__init__": {"errors", "simulator"},
 }

@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("khosim.cli.run", "hand over from kernel to kernel and check every invariant"),
     "memblock": ("khosim.cli.memblock", "run memblock call sequences from a file"),
     "replay": ("khosim.cli.replay", "make a real boot's memblock calls again and compare"),
+    "plan": ("khosim.cli.plan", "predict scratch areas, their cost and what drives it"),
     "inspect": ("khosim.cli.inspect", "decode a real handover and say what is torn"),
     "bugs": ("khosim.cli.bugs", "the museum: bugs that were fixed, replayed"),
 }

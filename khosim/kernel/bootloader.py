@@ -70,11 +70,13 @@ def _load_x86(
     ram.write(header.pref_address, code, _BY)
     initrd_phys = 0
     if initrd_bytes:
-        top = max(end for start, end in hardware.ram_ranges if start < 1 << 32)
-        initrd_phys = (min(top, 1 << 32) - initrd_bytes) & -4096
-        if initrd_phys < header.pref_address + header.init_size:
+        kernel_end = header.pref_address + header.init_size
+        for start, end in reversed(hardware.ram_ranges):
+            initrd_phys = (min(end, 1 << 32) - initrd_bytes) & -4096
+            if initrd_phys >= max(start, kernel_end):
+                break
+        else:
             raise InputError("initrd", f"{initrd_bytes >> 10} KiB do not fit above the kernel")
-        _fits(hardware, "initrd", initrd_phys, initrd_bytes)
         ram.write(initrd_phys, initrd, _BY)
     ram.write(_CMDLINE_PHYS, cmdline.encode() + b"\0", _BY)
     page = pack_boot_params(
@@ -104,11 +106,15 @@ def _load_arm64(
             "kernel image", f"its pages have {header.page_size} bytes, not {hardware.page_size}"
         )
     ram = hardware.ram
-    base, end = hardware.ram_ranges[0]
-    entry = base + 2 * _MIB
+    # The first bank with room for all; where there is none, the first one says what does not fit.
+    banks = [*hardware.ram_ranges, hardware.ram_ranges[0]]
+    for base, end in banks:
+        entry = (base + 4 * _MIB - 1) & -(2 * _MIB)
+        initrd_phys = (base + min((end - base) // 2, 128 * _MIB)) & -hardware.page_size
+        if max(initrd_phys + initrd_bytes, entry + header.image_size) + 4 * _MIB <= end:
+            break
     _fits(hardware, "kernel image", entry, header.image_size)
     ram.write(entry, image, _BY)
-    initrd_phys = (base + min((end - base) // 2, 128 * _MIB)) & -hardware.page_size
     if initrd_bytes:
         if initrd_phys < entry + header.image_size:
             raise InputError("initrd", f"{initrd_bytes >> 10} KiB do not fit above the kernel")
