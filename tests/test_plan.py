@@ -37,7 +37,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 def real_areas(name):
     """[address, length] of the cold boot's areas, as debugfs showed them."""
-    folder = CAPTURES / name / "gen0" / "kho" / "out"
+    folder = CAPTURES / name / "gen0" / "kho" / "out"  # or an absolute path
     columns = [(folder / column).read_text().split() for column in ("scratch_phys", "scratch_len")]
     return [[int(phys, 0), int(size, 0)] for phys, size in zip(*columns, strict=True)]
 
@@ -70,6 +70,16 @@ def test_other_machines_too(name):
     found = plan_of(LOGS / f"{name}.txt")
     assert found["method"] == "trace"
     assert found["scratch"] == json.loads((LOGS / "scratch.json").read_text())[name]
+
+
+def test_the_rules_of_6_16():
+    """The real 6.16 code on a 7.3 kernel: the capture says so, and other rules give other areas."""
+    folder = ROOT / "golden" / "kho-v1" / "uma1g-v1"
+    real = real_areas(folder)
+    assert any(phys % (4 * MIB) or size % (4 * MIB) for phys, size in real)
+    found = plan_of(folder)
+    assert (found["method"], found["release"], found["scratch"]) == ("trace", "6.16", real)
+    assert plan_of(folder, release="7.3")["scratch"] != real
 
 
 @pytest.mark.parametrize("name", HANDOVER_LOGS)
@@ -419,6 +429,34 @@ def test_what_would_go_wrong(ram, cmdline, release, given, finding):
     """In the kernel's words."""
     found = plan_of(ram, cmdline, release, **given)
     assert any(line.startswith(finding) for line in found["findings"]), found["findings"]
+
+
+FIRMWARE = """\
+Linux version 7.0.0-29-generic (buildd) #29-Ubuntu SMP
+Command line: ro crashkernel=2G-4G:320M,4G-32G:512M,32G-64G:1024M,64G-:2048M
+BIOS-e820: [mem 0x0000000000000000-0x000000000009efff] System RAM
+BIOS-e820: [mem 0x0000000000100000-0x0000000009afefff] System RAM
+BIOS-e820: [mem 0x0000000009aff000-0x0000000009dfffff] device reserved
+BIOS-e820: [mem 0x0000000009e00000-0x000000005b77bfff] System RAM
+BIOS-e820: [mem 0x000000006affe000-0x000000006affefff] ACPI data
+BIOS-e820: [mem 0x000000006afff000-0x000000006affffff] System RAM
+BIOS-e820: [mem 0x0000000100000000-0x000000107e2fffff] System RAM
+"""
+
+
+def test_a_crash_kernel_that_pushes_scratch_over_the_edge(tmp_path):
+    """64 GiB, but only 1.4 below 4: 1 GiB for crashes there, twice that for lowmem scratch."""
+    log = tmp_path / "dmesg"
+    log.write_text(FIRMWARE)
+    found = plan_of(log)
+    assert found["findings"] == [
+        "KHO turns itself off: KHO: Failed to reserve lowmem scratch buffer"
+    ]
+    (only,) = found["drivers"]
+    assert only["what"].startswith("crashkernel=")
+    assert only["scratch_without_bytes"] > GIB
+    assert found["suggestion"] is None
+    assert "no kho_scratch= of 50% to 200% helps: a driver has to go" in found["notes"]
 
 
 def test_nothing_is_wrong_with_kho_off():

@@ -181,7 +181,7 @@ def _told(driver: Driver) -> str:
     if driver.reserved_bytes < _SHOWN_BYTES:
         text = f"{driver.what} takes memory that does not count"
     if driver.without_bytes is None:
-        return f"{text}; KHO is off without it, too"
+        return f"{text}; without it KHO turns itself off"
     if not driver.scratch_bytes:
         return f"{text}; without it KHO stays on, with {_size(driver.without_bytes)} of scratch"
     costs = driver.scratch_bytes - driver.without_bytes

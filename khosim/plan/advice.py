@@ -31,7 +31,8 @@ _WORTH_SAVING = 4 / 5
 class Driver:
     """One reason for scratch: what boot reserves for it, and scratch (bytes) with and without it.
 
-    Without it KHO may be on where it was off: ``without_bytes`` is None where it is off.
+    Where KHO is off, ``scratch_bytes`` is 0; without a driver it may stay on. ``without_bytes`` is
+    None where it goes off without it.
     """
 
     what: str
@@ -110,7 +111,8 @@ def find_drivers(
             continue
         saved = whole.boot_bytes - outcome.outcome.boot_bytes
         scratch = outcome.outcome.scratch_bytes if outcome.outcome.enabled else None
-        if saved >= _LEAST_BYTES or scratch != (whole.scratch_bytes if whole.enabled else None):
+        before = whole.scratch_bytes if whole.enabled else None
+        if scratch != before or (saved >= _LEAST_BYTES and whole.enabled):
             drivers.append(Driver(what, saved, whole.scratch_bytes, scratch))
     return tuple(sorted(drivers, key=lambda driver: (-driver.reserved_bytes, driver.what)))
 

@@ -139,6 +139,8 @@ def make_plan(
         suggestion = suggest(source, cmdline, assumed, chosen, modelled, bool(findings))
     else:
         notes.append("KHO is off: no scratch is reserved, and nothing can be handed over")
+    if outcome.asked and not outcome.enabled and suggestion is None:
+        notes.append("no kho_scratch= of 50% to 200% helps: a driver has to go")
     names = ["lowmem", "global", *(f"node {nid}" for nid in outcome.nodes)]
     return Plan(
         place=source.place,

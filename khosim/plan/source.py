@@ -9,7 +9,7 @@ the kernel image.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from khosim.capture.dmesg import parse_dmesg
@@ -114,7 +114,8 @@ def _from_folder(path: Path) -> Source:
     else:
         raise InputError(str(path), "neither a capture (no capture.json) nor a folder with a dmesg")
     place = str(generation.path / "dmesg")
-    return _from_log(generation.dmesg, place, capture.page_size)
+    source = _from_log(generation.dmesg, place, capture.page_size)
+    return replace(source, uname=capture.release)  # which may be a kernel with older KHO code
 
 
 def _read(path: Path) -> str:
