@@ -218,6 +218,14 @@ def test_the_models_error_is_as_documented(name, way, tmp_path):
 ARM_UBUNTU = {"arch": "arm64", "release": "7.0", "initrd_bytes": 0, "nr_cpus": 1}
 
 
+def test_the_model_admits_what_it_does_not_know():
+    """Options that take memory away or ask for more at boot."""
+    found = plan_of("4G", "kho=on memmap=256M$0x20000000 swiotlb=65536 quiet")
+    assert found["notes"] == [
+        "the model knows nothing of memmap=", "the model knows nothing of swiotlb=",
+    ]  # fmt: skip
+
+
 def test_the_800_mib_machine_that_lost_134():
     """Ubuntu 7.0 on arm64 without an initrd: 682,576K available with kho=off, 545,236K with it."""
     lost = (682_576 - 545_236) * KIB

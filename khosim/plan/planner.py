@@ -27,6 +27,11 @@ _COMPLAINTS = (
     "Malformed early option",
 )  # fmt: skip
 
+_NOT_MODELLED = frozenset(
+    ("memmap", "swiotlb", "hugetlb_cma", "cma_pernuma", "numa_cma", "nr_cpus", "possible_cpus",
+     "page_owner", "memtest", "efi_fake_mem", "highmem", "kernelcore", "movable_node")
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Area:
@@ -129,7 +134,11 @@ def make_plan(
     modelled = simulation.outcome
     traced = None if given else _traced(source, cmdline, chosen, notes)
     outcome = modelled if traced is None else traced
-    if "kho" not in {name for name, _ in parse_words(cmdline)}:
+    names = {name for name, _ in parse_words(cmdline)}
+    if traced is None:
+        unknown = sorted(names & _NOT_MODELLED)
+        notes += [f"the model knows nothing of {name}=" for name in unknown]
+    if "kho" not in names:
         notes.append("no kho= option: taken as built with KHO on by default")
     findings = _findings(outcome, simulation, assumed, traced is not None)
     drivers: tuple[Driver, ...] = ()
@@ -141,7 +150,7 @@ def make_plan(
         notes.append("KHO is off: no scratch is reserved, and nothing can be handed over")
     if outcome.asked and not outcome.enabled and suggestion is None:
         notes.append("no kho_scratch= of 50% to 200% helps: a driver has to go")
-    names = ["lowmem", "global", *(f"node {nid}" for nid in outcome.nodes)]
+    area_names = ["lowmem", "global", *(f"node {nid}" for nid in outcome.nodes)]
     return Plan(
         place=source.place,
         release=chosen,
@@ -152,7 +161,7 @@ def make_plan(
         method="model" if traced is None else "trace",
         ram_bytes=memory_map.ram_bytes,
         areas=tuple(
-            Area(name, *area) for name, area in zip(names, outcome.areas, strict=False)
+            Area(name, *area) for name, area in zip(area_names, outcome.areas, strict=False)
         ),
         outcome=outcome,
         assumed=assumed,
