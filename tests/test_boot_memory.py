@@ -169,11 +169,12 @@ def test_the_largest_page_that_is_not_gigantic():
 
 def test_gigantic_pages_on_a_handover_boot():
     """In memory that the extension of scratch opened, but never in a scratch area itself."""
-    _, kernel = boot("kho=on", "8G")
+    machine, kernel = boot("kho=on", "8G")
     successor = kernel.kexec(cmdline="kho=on hugepagesz=1G hugepages=2")
     assert "HugeTLB: registered 1.00 GiB page size, pre-allocated 2 pages" in hugetlb(successor)
     for pfn, nr_pages in successor.gigantic_pages:
         assert not successor.kho_scratch_overlap(pfn << 12, nr_pages << 12)
+    assert machine.check() == []
 
 
 @pytest.mark.parametrize(

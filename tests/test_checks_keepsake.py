@@ -22,10 +22,8 @@ NR_PAGES = 64
 BEFORE, AFTER = (0, "before"), (1, "after")
 
 runs = st.lists(st.tuples(st.integers(0, NR_PAGES - 9), st.integers(1, 8)), max_size=5)
-writes = st.lists(
-    st.tuples(st.integers(0, NR_PAGES * PAGE - 1), st.sampled_from([b"\0", b"a", b"b" * 5000])),
-    max_size=8,
-)
+contents = st.sampled_from([b"\0", b"a", b"b" * 5000, b"c" * 90_000])
+writes = st.lists(st.tuples(st.integers(0, NR_PAGES * PAGE - 1), contents), max_size=8)
 
 
 def ranges_of(drawn: list[tuple[int, int]]) -> Ranges:

@@ -323,6 +323,27 @@ def test_bulk_writers_announce_their_frames() -> None:
     assert not ram.view(8 * PAGE, (1 << 24) - 8 * PAGE).any()
 
 
+def test_touched_frames_where_pages_were_written_one_by_one() -> None:
+    """Frame by frame between large writes; where one of these reached, there is no answer."""
+    ram = Ram(1 << 24)
+    for pfn in (99, 41, 30, 29, 40):
+        ram.write(pfn * PAGE, b"x", BOOT)
+    ram.zero(41 * PAGE, PAGE, BOOT)
+    ram.write(50 * PAGE, b"y" * (30 * PAGE), BOOT)
+
+    def frames(*ranges: tuple[int, int]) -> list[int] | None:
+        starts, ends = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
+        found = ram.touched_frames(starts, ends)
+        return None if found is None else found.tolist()
+
+    assert frames((0, 30), (40, 50), (80, 200)) == [29, 40, 99]
+    assert frames((30, 31), (90, 99)) == [30]
+    assert frames() == frames((42, 50)) == []
+    assert frames((0, 51)) is None
+    assert frames((0, 3), (60, 61), (90, 99)) is None
+    assert frames((79, 80)) is None
+
+
 def test_reset_is_a_new_machine() -> None:
     """A reset machine is as one never used."""
     ram = Ram(1 << 24)
@@ -542,6 +563,10 @@ def test_ram_equals_its_model(steps: list[tuple[str, Any, Writer, int]]) -> None
         edges += [start, end]
     assert touched.tolist() == model.touched
     assert edges == sorted(set(edges))
+    low, high = [1, FRAMES // 2], [FRAMES // 3, FRAMES - 1]
+    asked = [*range(low[0], high[0]), *range(low[1], high[1])]
+    some = ram.touched_frames(np.array(low), np.array(high))
+    assert some is None or some.tolist() == [pfn for pfn in asked if model.touched[pfn]]
     listed: list[Writer | None] = [None] * FRAMES
     for start, end, by in ram.writers_in(0, FRAMES * SMALL_PAGE):
         listed[start // SMALL_PAGE : end // SMALL_PAGE] = [by] * ((end - start) // SMALL_PAGE)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from khosim.checks.decode_block import decode_blocks
 from khosim.checks.decode_memfd import MEMFD_COMPATIBLE, Memfd, decode_memfd
-from khosim.checks.decode_walk import Walk
+from khosim.checks.decode_walk import Walk, as_text
 from khosim.checks.preserved import covers
 from khosim.checks.reader import ProblemLog
 from khosim.errors import RamFault
@@ -107,8 +107,8 @@ def parse_luo_header(
     raw, number, sessions, flbs = _HEADER.unpack_from(data)
     compatible = raw.partition(b"\0")[0]
     if compatible != _COMPATIBLE:
-        log.add("luo-compatible", phys, repr(_text(compatible)), f"{path}/compatible", "'luo-v5'")
-    return _text(compatible), number, sessions, flbs
+        log.add("luo-compatible", phys, repr(as_text(compatible)), f"{path}/compatible", "'luo-v5'")
+    return as_text(compatible), number, sessions, flbs
 
 
 def decode_luo(
@@ -261,8 +261,8 @@ class _Decoder:
         text, nul, _ = raw.partition(b"\0")
         if not (text and nul):
             expected = f"1 to {len(raw) - 1} characters and a NUL"
-            self.walk.note("luo-name", phys, repr(_text(text)), path, expected)
-        return _text(text)
+            self.walk.note("luo-name", phys, repr(as_text(text)), path, expected)
+        return as_text(text)
 
 
 def _is_left_out(reader: Reader, phys: int, page_size: int, preserved: Preserved | None) -> bool:
@@ -274,8 +274,3 @@ def _is_left_out(reader: Reader, phys: int, page_size: int, preserved: Preserved
     except RamFault:
         return preserved is None or bool(covers(preserved, [phys // page_size]).all())
     return False
-
-
-def _text(raw: bytes) -> str:
-    """Bytes as text that any of them survives."""
-    return raw.decode("ascii", "backslashreplace")

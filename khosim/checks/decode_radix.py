@@ -36,6 +36,7 @@ _FEW_WORDS = 6  # leaves with up to this many non-zero words are scanned without
 _PHYS_BITS = 52  # no x86-64 or arm64 machine addresses more; a block as large cannot be
 _IMPOSSIBLE_KEYS = 1 << (64 - _PHYS_BITS + 1)
 _ALL_ONES = (1 << 64) - 1
+_WORD = np.dtype("<u8")
 
 
 class Geometry(NamedTuple):
@@ -155,7 +156,8 @@ class _Walk:
             else:
                 seen.add(child)
                 stack.append((child, level - 1, child_key))
-        stack[first:] = stack[first:][::-1]
+        if len(stack) > first + 1:
+            stack[first:] = stack[first:][::-1]
 
     def reject(self, code: str, phys: int, index: int, cause: str) -> None:
         """Note an entry that is passed over."""
@@ -262,8 +264,8 @@ class _Runs:
 
 def _filled_words(page: bytes) -> tuple[list[int], list[int]]:
     """Index and value of each 64-bit word of a page that is not zero."""
-    words = np.frombuffer(page, dtype="<u8")
-    filled = words.nonzero()[0]
+    words = np.frombuffer(page, _WORD)
+    filled = words.astype(np.bool_).nonzero()[0]  # faster than of the words themselves
     indices: list[int] = filled.tolist()
     if len(indices) <= _FEW_WORDS:
         return indices, [words.item(index) for index in indices]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from khosim.checks.decode_chunks import decode_chunks
 from khosim.checks.decode_fdt import decode_fdt
 from khosim.checks.decode_radix import decode_preserved
+from khosim.checks.decode_walk import as_text
 from khosim.errors import RamFault
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def decode_reserve_mem(
         cause = "subtree 'memblock' is not memblock-v1"
         log.add("memblock-compatible", blob.start, cause, "/memblock")
     for node in fdt.root.children:
-        name = _text(node.name)
+        name = as_text(node.name)
         path = f"/memblock/{name}"
         start, size = node.u64(b"start"), node.u64(b"size")
         if b"reserve-mem-v1" not in node.strings(b"compatible"):
@@ -201,7 +202,7 @@ def decode_kexec_metadata(
     text, nul, _ = release.partition(b"\0")
     if not nul:
         log.add("metadata-release", blob.start + 4, "previous release does not end", path)
-    return KexecMetadata(version, _text(text), count)
+    return KexecMetadata(version, as_text(text), count)
 
 
 def _format(root: Node, phys: int, log: ProblemLog) -> tuple[Format, str | None]:
@@ -209,8 +210,8 @@ def _format(root: Node, phys: int, log: ProblemLog) -> tuple[Format, str | None]
     strings = root.strings(b"compatible")
     for string in strings:
         if string in FORMATS:
-            return FORMATS[string], _text(string)
-    declared = _text(strings[0]) if strings else None
+            return FORMATS[string], as_text(string)
+    declared = as_text(strings[0]) if strings else None
     log.add("kho-compatible", phys, f"root node is compatible with {declared!r}", "/compatible")
     return FORMATS[_NEWEST], declared
 
@@ -221,7 +222,7 @@ def _subtrees(
     """The blobs that the root node's children name, in their order."""
     found: dict[str, Region] = {}
     for node in root.children:
-        name = _text(node.name)
+        name = as_text(node.name)
         start = node.u64(known.data_prop)
         if known.size_prop is not None:
             size = node.u64(known.size_prop)
@@ -246,8 +247,3 @@ def _fdt_bytes(reader: Reader, name: str, phys: int, log: ProblemLog) -> int:
         log.add("fdt-magic", phys, f"blob of {name!r} begins with {head.hex()}", f"/{name}")
         return 0
     return int.from_bytes(head[4:], "big")
-
-
-def _text(raw: bytes) -> str:
-    """Bytes as text that any of them survives."""
-    return raw.decode("ascii", "backslashreplace")

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from khosim.checks.preserved import I64
     from khosim.checks.reader import ProblemLog, Reader
 
-__all__ = ("Walk",)
+__all__ = ("Walk", "as_text")
+
+
+def as_text(raw: bytes) -> str:
+    """Bytes as text that any of them survives."""
+    return raw.decode("ascii", "backslashreplace")
 
 
 class Walk:

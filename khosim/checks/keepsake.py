@@ -39,6 +39,9 @@ class Memory(Protocol):
     def view(self, phys: int, len_bytes: int, /) -> NDArray[np.uint8]:
         """Read-only array over a range."""
 
+    def touched_frames(self, first_pfns: I64, end_pfns: I64, /) -> I64 | None:
+        """The page frames of ordered ranges that may not be zero; None where it does not know."""
+
     def touched_ranges(self) -> list[tuple[int, int]]:
         """Sorted ``(start_phys, end_phys)`` outside of which all bytes are zero."""
 
@@ -63,23 +66,22 @@ class Keepsake:
         self._page_size = page_size
         self._shift = page_size.bit_length() - 1
         self._digests: Digests | None = None
-        pieces = self._worth_reading(ranges)
-        nr_pages = int((pieces[1] - pieces[0]).sum())
-        if nr_pages << self._shift <= _COPY_BYTES:
-            self._frames = frames_of(pieces)
-            self._content = self._words(self._frames)
+        frames = self._worth_reading(ranges)
+        if len(frames) << self._shift <= _COPY_BYTES:
+            self._frames = frames
+            self._content = self._words(frames)
         else:
-            self._digests = self._digest(pieces)
+            self._digests = self._digest(frames)
 
     def changed(self, ranges: Ranges) -> list[int]:
         """Page frames of ``ranges`` that hold something else now, ascending.
 
         ``ranges`` is the set that was kept, or a part of it.
         """
-        pieces = self._worth_reading(ranges)
+        frames = self._worth_reading(ranges)
         if self._digests is None:
-            return self._differing(ranges, frames_of(pieces))
-        now = self._digest(pieces)
+            return self._differing(ranges, frames)
+        now = self._digest(frames)
         pages = [phys >> self._shift for phys in changed_pages(self._digests, now)]
         inside = holds(ranges, pages) if pages else ()
         return [pfn for pfn, is_inside in zip(pages, inside, strict=True) if is_inside]
@@ -107,17 +109,24 @@ class Keepsake:
         # The pages' content, a page in each row.
         return self._memory.data.reshape(-1, self._page_size)[frames].view(np.uint64)
 
-    def _digest(self, pieces: Ranges) -> Digests:
-        shift = self._shift
-        listed = zip((pieces[0] << shift).tolist(), (pieces[1] << shift).tolist(), strict=True)
+    def _digest(self, frames: I64) -> Digests:
+        step = np.ones(len(frames) + 1, dtype=np.bool_)
+        np.not_equal(frames[1:] - frames[:-1], 1, out=step[1:-1])
+        starts, ends = frames[step[:-1]] << self._shift, (frames[step[1:]] + 1) << self._shift
+        listed = zip(starts.tolist(), ends.tolist(), strict=True)
         return digest_ranges(_Bytes(self._memory), listed, self._page_size)
 
-    def _worth_reading(self, ranges: Ranges) -> Ranges:
+    def _worth_reading(self, ranges: Ranges) -> I64:
+        # The frames that may hold anything but zeros, ascending.
         starts, ends = ranges
         end_pfn = len(self._memory.data) >> self._shift
         if len(ends) and ends[-1] > end_pfn:  # a map may name what is no memory
             some = starts < end_pfn
             starts, ends = starts[some], np.minimum(ends[some], end_pfn)
         if int((ends - starts).sum()) <= _FEW_PAGES:
-            return starts, ends
-        return both((starts, ends), page_ranges(self._memory.touched_ranges(), self._shift))
+            return frames_of((starts, ends))
+        frames = self._memory.touched_frames(starts, ends)
+        if frames is None:
+            touched = page_ranges(self._memory.touched_ranges(), self._shift)
+            frames = frames_of(both((starts, ends), touched))
+        return frames

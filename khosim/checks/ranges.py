@@ -138,6 +138,7 @@ def holds(ranges: Ranges, pfns: Sequence[int] | I64) -> list[bool]:
     starts, ends = ranges
     if not len(starts):
         return [False] * len(pfns)
-    at = np.searchsorted(starts, pfns, side="right") - 1
-    inside: list[bool] = ((at >= 0) & (np.asarray(pfns) < ends[at])).tolist()
+    frames = np.asarray(pfns, dtype=np.int64)
+    at = starts.searchsorted(frames, side="right") - 1
+    inside: list[bool] = ((at >= 0) & (frames < ends[at])).tolist()
     return inside

@@ -318,6 +318,15 @@ class Ram:
         first, end = self._frames_of(start_phys, self.size_bytes if end_phys is None else end_phys)
         return self._shadow.touched_runs(first, end, self.page_shift)
 
+    def touched_frames(
+        self, first_pfns: np.ndarray[Any, Any], end_pfns: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any] | None:
+        """:meth:`touched_ranges` of ordered, disjoint ranges of page frames, frame by frame.
+
+        None where that takes more than a look at single pages: :meth:`touched_ranges` tells.
+        """
+        return self._shadow.touched_frames(first_pfns, end_pfns)
+
     # Snapshots
 
     def snapshot(self) -> int:

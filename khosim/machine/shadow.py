@@ -205,6 +205,24 @@ class WriterShadow:
             shift,
         )
 
+    def touched_frames(self, starts: _I64, ends: _I64) -> _I64 | None:
+        """The touched frames of some ordered, disjoint ranges, ascending.
+
+        None where a large write reached one of them: then :meth:`touched_runs` tells. Costs what
+        was written page by page.
+        """
+        for start, end in zip(self.runs.starts, self.runs.ends, strict=True):
+            if starts.searchsorted(end) > ends.searchsorted(start, side="right"):
+                return None
+        pages = self.pages
+        pfn = np.fromiter(pages, dtype=np.int64, count=len(pages))
+        pfn = pfn[starts.searchsorted(pfn, side="right") > ends.searchsorted(pfn, side="right")]
+        touched = [pages[frame][2] for frame in pfn.tolist()]
+        if not all(touched):
+            pfn = pfn[touched]
+        pfn.sort()
+        return pfn
+
     def written_runs(self, first: int, end: int) -> list[tuple[int, int, Writer]]:
         """The writers of [first, end) as ordered runs (first, end, writer); gaps: never written."""
         found: list[tuple[int, int, Writer]] = []

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ("INVARIANTS",)
 
 _RSRV_NOINIT = 0x10  # include/linux/memblock.h:MEMBLOCK_RSRV_NOINIT
+_RSRV_HUGETLB = 0x80  # MEMBLOCK_RSRV_HUGETLB: gigantic pages, which are marked as well
 _EXTENSION_SHIFT = 30  # scratch is extended by blocks of 1 GiB
 _MIB = 1 << 20
 _KNOWN = 1 << 32
@@ -83,16 +84,21 @@ def _map_agrees(look: Look) -> Sequence[Violation]:
 
 
 def _same(one: Ranges, other: Ranges) -> bool:
-    return np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+    return len(one[0]) == len(other[0]) and not (
+        (one[0] != other[0]).any() or (one[1] != other[1]).any()
+    )
 
 
 def _noinit_pages(look: Look) -> Ranges:
     assert look.kernel is not None
-    reserved, shift = look.kernel.memblock.reserved, np.uint64(look.page_shift)
-    chosen = (np.array(reserved.flags, dtype=np.int64) & _RSRV_NOINIT).astype(np.bool_)
-    low = np.array(reserved.base, dtype=np.uint64)[chosen] >> shift
-    high = (np.array(reserved.end, dtype=np.uint64)[chosen] - np.uint64(1)) >> shift
-    return merged((low.astype(np.int64), high.astype(np.int64) + 1))
+    reserved, shift = look.kernel.memblock.reserved, look.page_shift
+    regions = [
+        (base >> shift, ((end - 1) >> shift) + 1)
+        for base, end, flags in zip(reserved.base, reserved.end, reserved.flags, strict=True)
+        if flags & (_RSRV_NOINIT | _RSRV_HUGETLB) == _RSRV_NOINIT
+    ]
+    low, high = np.array(regions, dtype=np.int64).reshape(-1, 2).T
+    return merged((low, high))
 
 
 def _tell_blocks(look: Look, handed: Handed, blocks: Ranges, what: str) -> list[Violation]:
