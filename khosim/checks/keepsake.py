@@ -107,7 +107,8 @@ class Keepsake:
 
     def _words(self, frames: I64) -> NDArray[np.uint64]:
         # The pages' content, a page in each row.
-        return self._memory.data.reshape(-1, self._page_size)[frames].view(np.uint64)
+        pages = self._memory.data.view(np.uint64).reshape(-1, self._page_size >> 3)
+        return pages.take(frames, axis=0)
 
     def _digest(self, frames: I64) -> Digests:
         step = np.ones(len(frames) + 1, dtype=np.bool_)
