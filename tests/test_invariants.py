@@ -526,6 +526,18 @@ def test_block_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.owner == "agent 0"
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_block_forgotten_at_the_edge(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """The first or the last of neighbouring blocks is missed as well."""
+    machine, kernel = started()
+    pfn = kernel.alloc_folio(5).pfn + 8
+    kernel.kho_preserve_folios(np.arange(pfn, pfn + 8))
+    whole, part = (pfn * PAGE, 0, 8), ((pfn + first) * PAGE, 0, 7)
+    _spoil_reserve(monkeypatch, lambda runs: [part if run == whole else run for run in runs])
+    kernel.kexec()
+    assert names(machine) == {"map-agrees"}
+
+
 def test_block_with_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pages with another order are not the same blocks."""
     machine, kernel = started()
