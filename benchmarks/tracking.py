@@ -81,7 +81,7 @@ def _scattered(context: Context) -> Iterator[Record]:
         measured, against = best_of_each(
             partial(_preserve_scattered, pfns),
             partial(native.feed_pfns, unsigned),
-            rounds=context.rounds(5),
+            rounds=context.rounds(10 if tib == 1 else 3),
         )
         yield Record(
             name=name,
