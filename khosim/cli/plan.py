@@ -96,16 +96,15 @@ def _given(args: argparse.Namespace) -> dict[str, int | None]:
 
 
 def _size(len_bytes: int) -> str:
-    for suffix, shift in (("G", 30), ("M", 20)):
+    for suffix, shift in (("T", 40), ("G", 30), ("M", 20)):
         if len_bytes >= 1 << shift:
-            return f"{len_bytes / (1 << 30):.3g}{suffix}" if shift == 30 else _mib(len_bytes)
+            return f"{_number(len_bytes / (1 << shift), 1 if suffix == 'M' else 2)}{suffix}"
     return f"{len_bytes >> 10}K" if len_bytes else "0"
 
 
-def _mib(len_bytes: int) -> str:
-    number = len_bytes / (1 << 20)
-    text = f"{number:.0f}" if number >= 100 else f"{number:.1f}".removesuffix(".0")
-    return f"{text}M"
+def _number(value: float, places: int) -> str:
+    text = f"{value:.{0 if value >= 100 else places}f}"
+    return text.rstrip("0").removesuffix(".") if "." in text else text
 
 
 def _show(plan: Plan) -> None:

@@ -118,10 +118,12 @@ def find_drivers(
 
 
 def _try(
-    source: Source, cmdline: str, assumed: Assumptions, release: Release
+    source: Source, cmdline: str, assumed: Assumptions, release: Release, *, whole: bool = False
 ) -> Simulation | None:
     try:
-        return simulate(source.memory_map, source.page_size, cmdline, assumed, release)
+        return simulate(
+            source.memory_map, source.page_size, cmdline, assumed, release, whole=whole
+        )
     except InputError:
         return None
 
@@ -145,11 +147,17 @@ def suggest(
     ):
         return None
     words = [word for word in parse_words(cmdline) if word[0] != "kho_scratch"]
+    if all(owner.name != "huge pages" for owner in whole.owners):
+        # They come from the page allocator, or at least not from scratch: no part of the trial.
+        words = [word for word in words if word[0] not in _HUGE]
     worked = 0
     for scale in _SCALES:
         text = _text([*words, ("kho_scratch", f"{scale}%")])
         simulation = _try(source, text, assumed, release)
-        if simulation is None or not simulation.outcome.enabled or simulation.hand_over():
+        if simulation is None or not simulation.outcome.enabled:
+            break  # more is no better
+        simulation = _try(source, text, assumed, release, whole=True)
+        if simulation is None or simulation.hand_over():
             worked = 0
             continue
         worked += 1

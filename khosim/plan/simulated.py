@@ -55,10 +55,15 @@ class Outcome:
         return sum(owner.reserved_bytes for owner in self.owners)
 
 
+class _SeenEnough(Exception):
+    """Scratch is reserved, and no more was asked."""
+
+
 class _Watcher:
     """The host of a kernel that is only looked at."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
         self.ledger = Ledger()
         self.kernel: Kernel | None = None
         self.owners: tuple[Owner, ...] = ()
@@ -74,6 +79,8 @@ class _Watcher:
                 kernel.arch.low_address_limit,
                 excludes_hugetlb=kernel.release.scratch_excludes_hugetlb,
             )
+            if not self.whole:
+                raise _SeenEnough
 
     def kexec(self, kernel: Kernel, **options: Any) -> Kernel:
         raise AssertionError(f"nobody asks {kernel!r} to hand over {options!r}")
@@ -110,6 +117,7 @@ class Simulation:
         cmdline: str,
         assumed: Assumptions,
         release: Release,
+        whole: bool,
     ) -> None:
         self._hardware = Hardware(memory_map, page_size)
         self._assumed, self._cmdline = assumed, cmdline
@@ -122,12 +130,14 @@ class Simulation:
             initrd_bytes=assumed["initrd_bytes"],
             cmdline=cmdline,
         )
-        watcher, panic = _Watcher(), ""
+        watcher, panic = _Watcher(whole), ""
         self._kernel: Kernel | None = None
         try:
             self._kernel = boot(self._hardware, 0, trace=watcher.trace, host=watcher)
         except KernelPanic as died:
             panic = died.message
+        except _SeenEnough:
+            pass
         self.outcome = _outcome(watcher, panic)
 
     def load(self) -> str:
@@ -167,10 +177,19 @@ class Simulation:
 
 
 def simulate(
-    memory_map: MemoryMap, page_size: int, cmdline: str, assumed: Assumptions, release: Release
+    memory_map: MemoryMap,
+    page_size: int,
+    cmdline: str,
+    assumed: Assumptions,
+    release: Release,
+    *,
+    whole: bool = True,
 ) -> Simulation:
-    """Boot once. Raises :class:`InputError` where the boot loader finds no place for the kernel."""
-    return Simulation(memory_map, page_size, cmdline, assumed, release)
+    """Boot once, or (not ``whole``) up to where scratch is reserved.
+
+    Raises :class:`InputError` where the boot loader finds no place for the kernel.
+    """
+    return Simulation(memory_map, page_size, cmdline, assumed, release, whole)
 
 
 def _outcome(watcher: _Watcher, panic: str) -> Outcome:
