@@ -504,6 +504,22 @@ def test_a_suggestion_works(ram):
     assert machine.check() == []
 
 
+def test_areas_that_are_too_small_are_answered_with_a_scale_that_does():
+    """And a malformed reserve_mem= with no advice on scratch at all."""
+    found = plan_of("4G", "kho=on kho_scratch=16M,16M,16M")
+    assert found["suggestion"]["reserved_bytes"] > 3 * 16 * MIB
+    fixed = plan_of("4G", f"kho=on {found['suggestion']['option']}")
+    assert fixed["findings"] == []
+    other = plan_of("4G", "kho=on kho_scratch=300M,300M,300M reserve-mem=1M:big")
+    assert (len(other["findings"]), other["suggestion"]) == (1, None)
+
+
+def test_dashes_are_underscores():
+    """As the kernel reads option names."""
+    told = driver(plan_of("4G", "kho=on log-buf-len=16M"), "log_buf_len=16M")
+    assert told["reserved_bytes"] == pytest.approx(72 * MIB, rel=0.01)
+
+
 def test_no_suggestion_where_little_is_lost():
     """Scratch of a few per cent, or sizes that the user chose and that do."""
     assert plan_of("256G", "kho=on kho_scratch=100%", initrd_bytes=MIB)["suggestion"] is None

@@ -65,6 +65,11 @@ class Suggestion:
 Word = tuple[str, str | None]
 
 
+def _words(cmdline: str) -> list[Word]:
+    # parameq: '-' and '_' are one character.
+    return [(name.replace("-", "_"), value) for name, value in parse_words(cmdline)]
+
+
 def _text(words: list[Word]) -> str:
     parts = []
     for name, value in words:
@@ -95,7 +100,7 @@ def find_drivers(
 
     ``whole`` is the model's outcome with all of them.
     """
-    words = parse_words(cmdline)
+    words = _words(cmdline)
     tried: list[tuple[str, str, Assumptions]] = []
     for what, places in _word_groups(words):
         rest = _text([word for i, word in enumerate(words) if i not in places])
@@ -138,15 +143,16 @@ def suggest(
 ) -> Suggestion | None:
     """A scale that worked, where scratch fails or takes more than a twentieth of RAM.
 
-    It is one step above the smallest that worked. ``needed``: something was found; without that
-    sizes that the user chose stay. None where nothing worked, or little is gained.
+    It is one step above the smallest that worked. ``needed``: KHO goes off or nothing can be
+    loaded; without that, sizes that the user chose stay. None where nothing worked, or little is
+    gained.
     """
     if not needed and (
         not whole.scale_percent
         or whole.scratch_bytes <= source.memory_map.ram_bytes * _WORTH_SHARE
     ):
         return None
-    words = [word for word in parse_words(cmdline) if word[0] != "kho_scratch"]
+    words = [word for word in _words(cmdline) if word[0] != "kho_scratch"]
     if all(owner.name != "huge pages" for owner in whole.owners):
         # They come from the page allocator, or at least not from scratch: no part of the trial.
         words = [word for word in words if word[0] not in _HUGE]

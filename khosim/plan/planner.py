@@ -27,6 +27,8 @@ _COMPLAINTS = (
     "Malformed early option",
 )  # fmt: skip
 
+_OFF = "KHO turns itself off: "
+_NOT_LOADED = "the same kernel cannot be loaded by kexec: "
 _NOT_MODELLED = frozenset(
     ("memmap", "swiotlb", "hugetlb_cma", "cma_pernuma", "numa_cma", "nr_cpus", "possible_cpus",
      "page_owner", "memtest", "efi_fake_mem", "highmem", "kernelcore", "movable_node")
@@ -145,7 +147,8 @@ def make_plan(
     suggestion = None
     if outcome.asked:
         drivers = find_drivers(source, cmdline, assumed, chosen, modelled)
-        suggestion = suggest(source, cmdline, assumed, chosen, modelled, bool(findings))
+        useless = any(line.startswith((_OFF, _NOT_LOADED)) for line in findings)
+        suggestion = suggest(source, cmdline, assumed, chosen, modelled, useless)
     else:
         notes.append("KHO is off: no scratch is reserved, and nothing can be handed over")
     if outcome.asked and not outcome.enabled and suggestion is None:
@@ -211,7 +214,7 @@ def _findings(
     findings = []
     if outcome.asked and not outcome.enabled:
         why = [line for line in outcome.messages if line.startswith("KHO: Failed")]
-        findings.append("KHO turns itself off: " + (why[0] if why else "nothing is reserved"))
+        findings.append(_OFF + (why[0] if why else "nothing is reserved"))
     modelled = simulation.outcome
     if modelled.panic and not traced:
         findings.append(f"the kernel dies in boot: {modelled.panic}")
@@ -226,5 +229,5 @@ def _findings(
             if not refused and assumed[name] > largest:
                 refused = f"{name.removesuffix('_bytes')} fits into no scratch area"
         if refused:
-            findings.append(f"the same kernel cannot be loaded by kexec: {refused}")
+            findings.append(_NOT_LOADED + refused)
     return findings
