@@ -8,12 +8,15 @@ locks. File descriptors belong to processes, not to files.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
-from khosim.errors import KhoSimError
+from khosim.errors import KernelError, KhoSimError
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
+    from khosim.kernel.process import Process
+    from khosim.kernel.uaccess import UserBuffer
 
 __all__ = ("File",)
 
@@ -55,6 +58,10 @@ class File:
 
     def release(self) -> None:
         """``f_op->release``: what is left to do when nobody uses the file any more."""
+
+    def ioctl(self, process: Process, cmd: int, arg: UserBuffer) -> int:
+        """``f_op->unlocked_ioctl``: 0, or raises; -ENOTTY for a file without any."""
+        raise KernelError(errno.ENOTTY, "vfs_ioctl", f"{self!r} has no ioctl {cmd:#x}")
 
     def check_open(self) -> None:
         """Raise where a user holds on to a released file, or to one of a kernel that is gone."""

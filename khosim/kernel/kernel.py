@@ -30,6 +30,7 @@ from khosim.kernel.page import Folio, Page
 from khosim.kernel.page_alloc import PageAllocator
 from khosim.kernel.page_map import PageMap
 from khosim.kernel.page_policy import Policy
+from khosim.kernel.process import Process
 from khosim.kernel.reserve_mem import ReserveMem
 from khosim.kernel.trace import Event, Host, Trace
 from khosim.machine.hardware import Hardware
@@ -326,6 +327,10 @@ class Kernel(DirectMap, KhoCalls):
     ) -> Memfd:
         """A memfd of ``size``; see :func:`khosim.kernel.memfd.memfd`."""
         return memfd(self, name, size=size, flags=flags, huge=huge, nid=nid)
+
+    def process(self, name: str = "", *, rlimit_nofile: int = 1024) -> Process:
+        """A new process, for those who think in file descriptors and ioctls."""
+        return Process(self, name, rlimit_nofile=rlimit_nofile)
 
     def page(self, pfn: int) -> Page:
         """The ``struct page`` of ``pfn`` now, for people and tests."""

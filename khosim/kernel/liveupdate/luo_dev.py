@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 
 from khosim.errors import KernelError
 from khosim.kernel.file import File
+from khosim.kernel.liveupdate.luo_ioctl import luo_ioctl
 
 if TYPE_CHECKING:
     from khosim.kernel.liveupdate.luo_core import Luo
     from khosim.kernel.liveupdate.luo_session import Session
+    from khosim.kernel.process import Process
+    from khosim.kernel.uaccess import UserBuffer
 
 __all__ = ("LiveupdateDevice",)
 
@@ -43,6 +46,11 @@ class LiveupdateDevice(File):
     def release(self) -> None:
         """``luo_release``: others may open the device now. Sessions are not affected."""
         self._luo.in_use = False
+
+    def ioctl(self, process: Process, cmd: int, arg: UserBuffer) -> int:
+        """See :func:`~khosim.kernel.liveupdate.luo_ioctl.luo_ioctl`."""
+        self.check_open()
+        return luo_ioctl(self._luo, process, cmd, arg)
 
     def create_session(self, name: str) -> Session:
         """See :meth:`~khosim.kernel.liveupdate.luo_session.LuoSessions.create`."""

@@ -25,12 +25,15 @@ from khosim.abi.luo import (
 from khosim.errors import InputError, KernelError, KhoSimError
 from khosim.kernel.file import File
 from khosim.kernel.liveupdate.luo_file import LuoFileSet
+from khosim.kernel.liveupdate.luo_ioctl import luo_session_ioctl
 from khosim.kernel.slab import kmalloc
 
 if TYPE_CHECKING:
     from khosim.abi.luo import LuoFileSetSer
     from khosim.kernel.kho_block import KhoBlockSet
     from khosim.kernel.liveupdate.luo_core import Luo
+    from khosim.kernel.process import Process
+    from khosim.kernel.uaccess import UserBuffer
 
 __all__ = ("LuoSession", "LuoSessions", "Session", "SessionHeader")
 
@@ -95,7 +98,7 @@ class Session(File):
         Raises -EINVAL on a session that came from the predecessor, and what
         :meth:`~khosim.kernel.liveupdate.luo_file.LuoFileSet.preserve` raises.
         """
-        self._enter(retrieved=False)
+        self._enter(incoming=False)
         self.session.file_set.preserve(_u64(token), file)
 
     def retrieve(self, token: int) -> Any:
@@ -104,7 +107,7 @@ class Session(File):
         Raises -EINVAL on a session of this kernel, and what
         :meth:`~khosim.kernel.liveupdate.luo_file.LuoFileSet.retrieve` raises.
         """
-        self._enter(retrieved=True)
+        self._enter(incoming=True)
         return self.session.file_set.retrieve(_u64(token))
 
     def finish(self) -> None:
@@ -112,7 +115,7 @@ class Session(File):
 
         Raises -EINVAL on a session of this kernel, -EBUSY where a handler is not ready.
         """
-        self._enter(retrieved=True)
+        self._enter(incoming=True)
         self.session.file_set.finish()
 
     @property
@@ -120,12 +123,25 @@ class Session(File):
         """The tokens of the files in it, in the order of their preservation."""
         return [luo_file.token for luo_file in self.session.file_set.files]
 
-    def _enter(self, *, retrieved: bool) -> None:
+    def _enter(self, *, incoming: bool) -> None:
         self.check_open()
-        if self.session.retrieved != retrieved:
-            why = "the session is an incoming one" if not retrieved else "the session is outgoing"
+        self.check_direction(incoming)
+        self.down_read()
+
+    def check_direction(self, incoming: bool | None) -> None:
+        """``luo_ioctl_type_valid``: raises -EINVAL for a call on the wrong kind of session."""
+        if incoming is not None and self.session.retrieved != incoming:
+            why = f"the session is {'outgoing' if incoming else 'incoming'}"
             raise KernelError(errno.EINVAL, "luo_session_ioctl", why)
+
+    def down_read(self) -> None:
+        """See :meth:`LuoSessions.down_read`."""
         self._luo.sessions.down_read()
+
+    def ioctl(self, process: Process, cmd: int, arg: UserBuffer) -> int:
+        """See :func:`~khosim.kernel.liveupdate.luo_ioctl.luo_session_ioctl`."""
+        self.check_open()
+        return luo_session_ioctl(self, process, cmd, arg)
 
     def release(self) -> None:
         """``luo_session_release``."""
