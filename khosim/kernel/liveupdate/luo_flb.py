@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 __all__ = ("FlbState", "LuoFlb", "LuoFlbs")
 
 _LUO_FLB_PGCNT = 1
-_INT_MAX = (1 << 31) - 1
+_BATCH = 1 << 14
+"""Entries of a page of objects that are looked at in one go."""
 
 
 class FlbState:
@@ -324,15 +325,23 @@ class LuoFlbs:
         incoming.obj = args.obj
 
     def _find(self, name: str) -> LuoFlbSer | None:
-        # Counts beyond an int are negative to the kernel's loop; entries are read as they come.
+        # The count is the predecessor's word: the kernel reads on until it finds the name or faults.
         kernel = self._kernel
+        needle = name.encode() + b"\0"
         at = kernel.virt(self.incoming_pa, LUO_FLB_HEADER_SER_BYTES)
         header = unpack_luo_flb_header_ser(kernel.ram.read(at, LUO_FLB_HEADER_SER_BYTES))
         at += LUO_FLB_HEADER_SER_BYTES
-        for _ in range(header.count):
-            data = kernel.ram.read(kernel.virt(at, LUO_FLB_SER_BYTES), LUO_FLB_SER_BYTES)
-            ser = unpack_luo_flb_ser(data)
-            if ser.name == name:
-                return ser
-            at += LUO_FLB_SER_BYTES
+        left = header.count
+        while left:
+            size = min(left, _BATCH) * LUO_FLB_SER_BYTES
+            while size > LUO_FLB_SER_BYTES and not kernel.is_mapped(at, at + size):
+                size = size // 2 // LUO_FLB_SER_BYTES * LUO_FLB_SER_BYTES
+            data = kernel.ram.read(kernel.virt(at, size), size)
+            found = data.find(needle)
+            while found >= 0:
+                if found % LUO_FLB_SER_BYTES == 0:
+                    return unpack_luo_flb_ser(data, found)
+                found = data.find(needle, found + 1)
+            at += size
+            left -= size // LUO_FLB_SER_BYTES
         return None

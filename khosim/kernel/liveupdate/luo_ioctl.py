@@ -19,6 +19,7 @@ from khosim.errors import KernelError
 from khosim.kernel.uaccess import copy_struct_from_user, copy_to_user, get_user_u32
 
 if TYPE_CHECKING:
+    from khosim.kernel.file import File
     from khosim.kernel.liveupdate.luo_core import Luo
     from khosim.kernel.liveupdate.luo_session import Session
     from khosim.kernel.process import Process
@@ -112,11 +113,12 @@ def _name(cmd: bytearray) -> str:
     return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
-def _answer_with_session(ucmd: LuoUcmd, make: Callable[[str], Session]) -> None:
+def _answer_with_fd(ucmd: LuoUcmd, make: Callable[[], File]) -> None:
+    # The descriptor is set aside first, and given to the file when the answer has been written.
     fd = ucmd.process.get_unused_fd()
     try:
         ucmd.set_fd(fd)
-        file = make(_name(ucmd.cmd))
+        file = make()
         try:
             ucmd.respond()
         except KernelError:
@@ -130,12 +132,12 @@ def _answer_with_session(ucmd: LuoUcmd, make: Callable[[str], Session]) -> None:
 
 def _create_session(luo: Luo, ucmd: LuoUcmd) -> None:
     # luo_ioctl_create_session
-    _answer_with_session(ucmd, luo.sessions.create)
+    _answer_with_fd(ucmd, lambda: luo.sessions.create(_name(ucmd.cmd)))
 
 
 def _retrieve_session(luo: Luo, ucmd: LuoUcmd) -> None:
     # luo_ioctl_retrieve_session; a session whose descriptor cannot be told is finished at once.
-    _answer_with_session(ucmd, luo.sessions.retrieve)
+    _answer_with_fd(ucmd, lambda: luo.sessions.retrieve(_name(ucmd.cmd)))
 
 
 _DEVICE_OPS = (
@@ -163,19 +165,7 @@ def _preserve_fd(session: Session, ucmd: LuoUcmd) -> None:
 def _retrieve_fd(session: Session, ucmd: LuoUcmd) -> None:
     # luo_session_retrieve_fd
     _, _, token = uapi.RETRIEVE_FD.unpack(ucmd.cmd)
-    fd = ucmd.process.get_unused_fd()
-    try:
-        ucmd.set_fd(fd)
-        file = session.session.file_set.retrieve(token)
-        try:
-            ucmd.respond()
-        except KernelError:
-            file.fput()
-            raise
-    except KernelError:
-        ucmd.process.put_unused_fd(fd)
-        raise
-    ucmd.process.fd_install(fd, file)
+    _answer_with_fd(ucmd, lambda: session.session.file_set.retrieve(token))
 
 
 def _check_reserved(reserved: int, symbol: str) -> None:
