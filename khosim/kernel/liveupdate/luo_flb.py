@@ -325,7 +325,8 @@ class LuoFlbs:
         incoming.obj = args.obj
 
     def _find(self, name: str) -> LuoFlbSer | None:
-        # The count is the predecessor's word: the kernel reads on until it finds the name or faults.
+        # The count is the predecessor's word: the kernel reads on until it finds the name, or to
+        # the end of memory.
         kernel = self._kernel
         needle = name.encode() + b"\0"
         at = kernel.virt(self.incoming_pa, LUO_FLB_HEADER_SER_BYTES)
