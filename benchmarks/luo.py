@@ -2,8 +2,9 @@
 
 The guest has 4 KiB folios, all of them there, and next to no content. A file of 1 TiB is more than
 Linux can preserve (the array of pointers to its folios would be above INT_MAX bytes), so a guest of
-that size is two files, one for each node, as hosts have it. The records of 16 bytes for each folio
-are written to RAM and read back: with the tree they are what a guest's handover touches.
+that size is two files, one for each node, as hosts have it; both are in one session. The records
+of 16 bytes for each folio are written to RAM and read back: with the tree they are what a guest's
+handover touches.
 """
 
 from __future__ import annotations
@@ -75,37 +76,22 @@ def _available_bytes() -> int:
 def _hand_over(gib: int) -> tuple[float, float, float, int]:
     """Seconds to preserve, to kexec and to retrieve, and the bytes that became resident."""
     from khosim import Machine
-    from khosim.kernel.kernel import Kernel
-    from khosim.kernel.liveupdate.file_ops import LiveupdateFileOpArgs
-    from khosim.kernel.liveupdate.memfd_luo import MemfdLuoHandler
-    from khosim.kernel.memfd import Memfd, memfd
-
-    handler = MemfdLuoHandler()
-
-    def preserve(file: Memfd) -> int:
-        args = LiveupdateFileOpArgs(file.kernel, handler, file=file)
-        handler.preserve(args)
-        handler.freeze(args)
-        return args.serialized_data
-
-    def retrieve(kernel: Kernel, data: int) -> Memfd:
-        args = LiveupdateFileOpArgs(kernel, handler, serialized_data=data)
-        handler.retrieve(args)
-        assert isinstance(args.file, Memfd)
-        return args.file
-
     def run(machine: Machine, mib_per_file: int) -> list[float]:
-        kernel = machine.boot(cmdline="kho=on")
-        files = [memfd(kernel, f"vm{n}", size=f"{mib_per_file}M", nid=n) for n in range(2)]
+        kernel = machine.boot(cmdline="kho=on liveupdate=on")
+        files = [kernel.memfd(f"vm{n}", size=f"{mib_per_file}M", nid=n) for n in range(2)]
+        session = kernel.liveupdate.create_session("guest")
         for n, file in enumerate(files):
             file.fallocate(0, file.size)
             file.write(file.size - 9, b"content %d" % n)
         laps = [time.perf_counter()]
-        handles = [preserve(file) for file in files]
+        for n, file in enumerate(files):
+            session.preserve(file, token=n)
         laps.append(time.perf_counter())
         successor = machine.kexec(kernel)
         laps.append(time.perf_counter())
-        files = [retrieve(successor, handle) for handle in handles]
+        session = successor.liveupdate.retrieve_session("guest")
+        files = [session.retrieve(n) for n in range(2)]
+        session.finish()
         laps.append(time.perf_counter())
         for n, file in enumerate(files):
             if file.read(file.size - 9, 9) != b"content %d" % n:

@@ -180,6 +180,9 @@ def test_without_memory_for_the_root(nth: int) -> None:
     said = "luo: failed to allocate/preserve LUO state memory" in kernel.messages
     assert said == (nth < 3)
     assert ("luo: failed to prepare LUO state: -12" in kernel.messages) == (nth == 3)
+    # The metadata; root FDT and metadata; nothing more for a root that was given back; all four.
+    keys = sum(nr_keys for nr_keys, _ in kernel.kho_out.tree.walk()) if kernel.kho_enable else 0
+    assert keys == {0: 0, 1: 0, 2: 2, 3: 2, 4: 4}[nth]
     if nth < 4:
         refused(errno.ENOENT, luo.open)
         refused(errno.EOPNOTSUPP, luo.flb_get_incoming, None)
@@ -270,6 +273,19 @@ def test_a_context_preserving_kexec_serializes_nothing() -> None:
     assert not kernel.liveupdate.sessions.serialized
     assert root_of(kernel)[2] == 0
     assert session.f_count
+
+
+def test_a_crash_asks_nobody() -> None:
+    """The jump into a crash kernel freezes no file and serializes no session."""
+    machine = Machine("1G", checks=False)
+    kernel = machine.boot(cmdline=f"{ON} crashkernel=256M")
+    session = kernel.liveupdate.create_session("s")
+    session.preserve(kernel.memfd("f"), 1)
+    session.session.file_set.files[0].serialized_data = 0  # its freeze would be refused
+    image = kernel.kexec_file_load(machine_image(machine, kernel), on_crash=True)
+    kernel.kernel_kexec(image)
+    assert not kernel.alive
+    assert not kernel.liveupdate.sessions.serialized
 
 
 def machine_image(machine: Machine, kernel: Kernel) -> bytes:

@@ -184,21 +184,22 @@ def test_an_update_that_is_called_off() -> None:
 
 
 def test_a_freeze_that_is_refused() -> None:
-    """What was frozen is unfrozen: the session's own files front to back, then the others'."""
+    """Unfrozen are the session's own files front to back, then those of sessions before it."""
     _, kernel, handler, session = boot()
-    other = kernel.liveupdate.create_session("t")
-    last = kernel.liveupdate.create_session("u")
+    second, other, last = (kernel.liveupdate.create_session(name) for name in "tuv")
     for number in (1, 2):
         session.preserve(Gadget(kernel, number), token=number)
     for number in (3, 4, 5):
         other.preserve(Gadget(kernel, number), token=number)
     last.preserve(Gadget(kernel, 6), token=6)
+    for number in (7, 8):
+        second.preserve(Gadget(kernel, number), token=number)
     handler.log.clear()
     handler.refuse["freeze", 5] = errno.EAGAIN
     assert refused(errno.EAGAIN, kernel.liveupdate.reboot).symbol == "gadget_freeze"
     assert handler.log == [
-        *(f"freeze {i}" for i in (1, 2, 3, 4, 5)),
-        *(f"unfreeze {i}" for i in (3, 4, 1, 2)),
+        *(f"freeze {i}" for i in (1, 2, 7, 8, 3, 4, 5)),
+        *(f"unfreeze {i}" for i in (3, 4, 7, 8, 1, 2)),
     ]
     said = "luo: Freeze failed for token[0x5] handler[gadget-v1] err[-EAGAIN]"
     assert said in kernel.messages
@@ -563,10 +564,13 @@ def test_deserialization_without_memory() -> None:
     machine, kernel, _, session = boot()
     session.preserve(Gadget(kernel, 1), 1)
     kernel = machine.kexec(kernel)
-    kernel.liveupdate.register_file_handler(GadgetHandler())
+    handler = GadgetHandler()
+    module = handler.ops.owner = Module("gadget")
+    kernel.liveupdate.register_file_handler(handler)
     kernel.pages.fail = lambda order, owner: owner == "luo_file_deserialize_one"
     refused(errno.EIO, kernel.liveupdate.open)
     kernel.pages.fail = None
+    assert module.refcnt == 0
     assert kernel.liveupdate.sessions.deserialized == -errno.ENOMEM
     assert not machine.check()
 

@@ -136,6 +136,7 @@ def test_the_first_and_the_last_file() -> None:
     other.close()
     assert counts(kernel, flb) == (0, 0)
     assert log == ["preserve shared-v1", "unpreserve shared-v1"]
+    refused(errno.ENOENT, kernel.liveupdate.flb_get_outgoing, flb)
     again = kernel.liveupdate.create_session("s")
     again.preserve(Thing(kernel), 1)
     assert log[2:] == ["preserve shared-v1"]
@@ -411,6 +412,13 @@ def test_modules() -> None:
     kernel.liveupdate.flb.state(flb).incoming.retrieve_status = 0
     refused(errno.EIO, kernel.liveupdate.flb_get_incoming, flb)
     assert module.refcnt == 0
+    flb.refuse.clear()
+    kernel.liveupdate.flb.state(flb).incoming.retrieve_status = 0
+    kernel.liveupdate.flb_get_incoming(flb)
+    kernel.liveupdate.flb_put_incoming(flb)
+    assert module.refcnt == 1
+    kernel.liveupdate.retrieve_session("s").close()
+    assert (module.refcnt, log[-1]) == (0, "finish shared-v1")
 
 
 @pytest.mark.parametrize("name", ["", "x" * 48, "nul\0inside"])
