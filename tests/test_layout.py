@@ -27,7 +27,7 @@ MAY_USE: dict[str, set[str]] = {
     "checks": BASE | {"machine", "abi"},
     "capture": BASE | {"machine", "abi"},
     "inspect": BASE | {"machine", "abi", "checks", "capture"},
-    "conform": BASE | {"machine", "abi", "kernel", "checks", "capture"},
+    "conform": BASE | {"machine", "abi", "kernel", "checks", "capture", "inspect"},
     "simulator": BASE | {"machine", "abi", "kernel", "checks", "capture"},
     "plan": BASE | {"machine", "kernel", "capture", "conform"},
     "scenario": BASE | {"machine", "kernel", "checks", "capture", "simulator"},

@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "plan": ("khosim.cli.plan", "predict scratch areas, their cost and what drives it"),
     "inspect": ("khosim.cli.inspect", "decode a real handover and say what is torn"),
     "bugs": ("khosim.cli.bugs", "the museum: bugs that were fixed, replayed"),
+    "conform": ("khosim.cli.conform", "hold khosim against a real capture, item by item"),
 }
 """Name of each subcommand: its module, and what it does in one line."""
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from khosim.conform.replay import Replay
-    from khosim.conform.state import Difference
 
 __all__ = ("HELP", "configure", "run")
 
@@ -45,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(replays: list[Replay]) -> None:
+    from khosim.conform.state import told
+
     print(f"{'generation':<12} {'allocations':>11} {'same':>7} {'different':>9} {'preserved':>13}")
     for one in replays:
         preserved = f"{one.preserved} of {one.nr_preserved}" if one.nr_preserved else "-"
@@ -62,15 +63,6 @@ def _show(replays: list[Replay]) -> None:
         print("\ndifferences")
         for one in replays:
             for difference in one.differences[:_SHOWN]:
-                print(f"  {one.name}: {_told(difference)}")
+                print(f"  {one.name}: {told(difference)}")
             if len(one.differences) > _SHOWN:
                 print(f"  {one.name}: and {len(one.differences) - _SHOWN} more")
-
-
-def _told(difference: Difference) -> str:
-    where = f"line {difference.line}: " if difference.line else ""
-    real, simulated = (
-        "none" if number is None else f"{number:#x}"
-        for number in (difference.real, difference.simulated)
-    )
-    return f"{where}{difference.call}: real {real}, simulated {simulated}"

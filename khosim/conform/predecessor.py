@@ -33,13 +33,22 @@ class Predecessor:
     """One captured generation, seen from its ``successor``.
 
     Files are read when they are needed; what is missing or damaged raises :class:`InputError`.
+    ``root_fdt`` and ``areas`` (scratch) take the place of what debugfs shows of them.
     """
 
     def __init__(
-        self, generation: CapturedGeneration, successor: CapturedGeneration, arch: str
+        self,
+        generation: CapturedGeneration,
+        successor: CapturedGeneration,
+        arch: str,
+        *,
+        root_fdt: bytes | None = None,
+        areas: list[tuple[int, int]] | None = None,
     ) -> None:
         self.generation = generation
         self.successor = successor
+        self._root_fdt = root_fdt
+        self._areas = areas
         self.arch: Arch = find_arch(arch, generation.page_size)
         self._ram: Ram | None = None
         self.known_pfns: frozenset[int] = frozenset()
@@ -47,7 +56,9 @@ class Predecessor:
 
     def scratch_areas(self) -> list[tuple[int, int]]:
         """Its scratch areas as (address, length), in its order."""
-        return list(self.generation.scratch_areas)
+        if self._areas is None:
+            self._areas = list(self.generation.scratch_areas)
+        return self._areas
 
     def preserved(self) -> list[PreservedBlock] | None:
         """Every preserved block in the order of the kernel's walk; None without a tree."""
@@ -90,7 +101,8 @@ class Predecessor:
     def _read_root(self) -> int:
         # From the root FDT as the successor found it.
         place = str(self.successor.path / "kho/in/fdt")
-        tree = memoryview(self.successor.bytes_of("kho/in/fdt"))
+        data = self._root_fdt
+        tree = memoryview(self.successor.bytes_of("kho/in/fdt") if data is None else data)
         if len(tree) < _FDT_HEADER_BYTES or fdt.fdt_check_header(tree):
             raise InputError(place, "no device tree")
         if fdt.fdt_node_check_compatible(tree, 0, _COMPATIBLE):
@@ -106,7 +118,7 @@ class Predecessor:
             pfn, data = self.generation.ram_pages
             page = self.arch.page_size
             end = (int(pfn[-1]) + 1) * page if len(pfn) else page
-            end = max([end, *(start + size for start, size in self.generation.scratch_areas)])
+            end = max([end, *(start + size for start, size in self.scratch_areas())])
             if end > MAX_PHYS:
                 raise InputError(self.npz, f"a page beyond {MAX_PHYS:#x}")
             ram = Ram(end, page_size=page)

@@ -91,13 +91,24 @@ def replay_dmesg(text: str, *, name: str = "dmesg", place: str = "dmesg") -> Rep
     return _replay(text, name, place, None, None, None)
 
 
-def replay_generation(capture: Capture, generation: CapturedGeneration) -> Replay:
+def replay_generation(
+    capture: Capture,
+    generation: CapturedGeneration,
+    *,
+    root_fdt: bytes | None = None,
+    areas: list[tuple[int, int]] | None = None,
+) -> Replay:
     """Replay one generation of a capture, the one before it as its predecessor.
 
-    The scratch areas are compared with those that the kernel showed in debugfs.
+    The scratch areas are compared with those that the kernel showed in debugfs. ``root_fdt`` and
+    ``areas`` are the predecessor's root FDT and scratch areas, where they are known better.
     """
     before = capture.generations[generation.index - 1] if generation.index else None
-    predecessor = Predecessor(before, generation, capture.arch) if before is not None else None
+    predecessor = None
+    if before is not None:
+        predecessor = Predecessor(
+            before, generation, capture.arch, root_fdt=root_fdt, areas=areas
+        )
     place = str(generation.path / "dmesg")
     return _replay(generation.dmesg, generation.name, place, capture, predecessor, generation)
 

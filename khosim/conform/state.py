@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from khosim.conform.dmesg_calls import Free, Request, Reserve
 from khosim.kernel.memblock import Memblock, RegionArray
 
-__all__ = ("Difference", "Expected", "State")
+__all__ = ("Difference", "Expected", "State", "told")
 
 
 class Difference(NamedTuple):
@@ -23,6 +23,16 @@ class Difference(NamedTuple):
     call: str
     real: int | None
     simulated: int | None
+
+
+def told(difference: Difference) -> str:
+    """A difference in words."""
+    where = f"line {difference.line}: " if difference.line else ""
+    real, simulated = (
+        "none" if number is None else f"{number:#x}"
+        for number in (difference.real, difference.simulated)
+    )
+    return f"{where}{difference.call}: real {real}, simulated {simulated}"
 
 
 Expected = Request | Reserve | Free

@@ -1,0 +1,226 @@
+"""Items about what a kernel's log says: memblock calls, preserved blocks, messages.
+
+The log of a successor is held against what its predecessor's pages say
+(``kernel/liveupdate/kexec_handover.c:kho_mem_retrieve``, ``kho_in_kexec_metadata``,
+``mm/memblock.c:reserve_mem_kho_revive`` @ 7.3).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from khosim.abi.memblock import MEMBLOCK_KHO_FDT
+from khosim.capture.folder import Capture, CapturedGeneration
+from khosim.checks.preserved import expand
+from khosim.conform.dmesg_calls import Reserve, parse_calls, symbol_of
+from khosim.conform.final_state import compare_final_arrays
+from khosim.conform.handover import PRESERVING
+from khosim.conform.held import Held
+from khosim.conform.items import Item, unknown
+from khosim.conform.replay import Replay, replay_generation
+from khosim.conform.state import told
+from khosim.errors import InputError
+from khosim.kernel.cmdline import kstrtobool, parse_words
+from khosim.kernel.kho_scratch import ScratchSizes
+
+__all__ = ("kho_lines", "log_items", "preserved_lines")
+
+_MOST = 8
+_LINES = re.compile(
+    r"(KHO: .*|Revived memory reservation .*|KHO reserve-mem .*|luo: Retrieved .*|FDT 'memblock' .*"
+    r"|reserve_mem: .*)"
+)
+_NO_NEWS = re.compile(r"KHO: (?:Skipp|mem|preserv)")
+_CALL = re.compile(r"memblock_\w+: |__memblock_reserve: |Command line|command line")
+_FOUND = "KHO: found kexec handover data."
+_LATE = ("luo: ",)
+_REPLAY, _PRESERVED, _SCRATCH = "replay", "preserved", "scratch"
+
+
+def preserved_lines(text: str, place: str) -> list[tuple[int, int, int]]:
+    """``(line, start, end)`` of each reservation of a preserved block, in the log's order."""
+    return [
+        (event.line, event.base, event.end)
+        for event in parse_calls(text, place=place)
+        if isinstance(event, Reserve)
+        and not event.flags
+        and symbol_of(event.caller).startswith(PRESERVING)
+        and symbol_of(event.caller) != "kho_populate"
+    ]
+
+
+def kho_lines(text: str) -> list[str]:
+    """The handover's messages in a log, in order, without what stands before them."""
+    found = []
+    for line in text.splitlines():
+        match = _LINES.search(line)
+        if match is not None and not _CALL.search(line):
+            found.append(match.group(1).rstrip())
+    return found
+
+
+def log_items(
+    capture: Capture,
+    generation: CapturedGeneration,
+    before: Held | None,
+    areas: list[tuple[int, int]] | None,
+) -> tuple[list[Item], Replay | None]:
+    """The items of one log, and the replay of it; ``before`` is the predecessor's handover.
+
+    ``areas`` are the predecessor's scratch areas where a replay has told them.
+    """
+    if not generation.has("dmesg"):
+        return [Item(_REPLAY, False, 0, 1, (f"{generation.name}/dmesg: no such file",))], None
+    try:
+        text = generation.dmesg
+        preserved, lines = _preserved(generation, before, text)
+    except InputError as error:
+        return [Item(_REPLAY, False, 0, 1, (str(error),))], None
+    items = [] if preserved is None else [preserved]
+    replay = None
+    try:
+        root_fdt = None if before is None else before.root_fdt()
+        replay = replay_generation(capture, generation, root_fdt=root_fdt, areas=areas)
+    except InputError as error:
+        items.append(Item(_REPLAY, False, 0, 1, (str(error),), needs=("-1/handover",)))
+    else:
+        items += _replayed(generation, replay, lines, preserved)
+    items.append(_messages(generation, before, text))
+    return items, replay
+
+
+def _preserved(
+    generation: CapturedGeneration, before: Held | None, text: str
+) -> tuple[Item | None, list[int]]:
+    lines = preserved_lines(text, str(generation.path / "dmesg"))
+    numbers = [line for line, _, _ in lines]
+    if before is None:
+        return None, numbers
+    handover = before.handover
+    if handover is None:
+        return unknown(_PRESERVED, f"the predecessor's pages: {before.why}"), numbers
+    page = handover.page_size
+    own = [(phys, phys + (page << order)) for phys, order in expand(handover.preserved)]
+    real = [(start, end) for _, start, end in lines]
+    differences = [
+        f"line {numbers[i]}: {_range(left)}, from the map {_range(right)}"
+        for i, (left, right) in enumerate(zip(real, own, strict=False))
+        if left != right
+    ]
+    if len(real) != len(own):
+        differences.append(f"{len(real)} reservations in the log, {len(own)} blocks in the map")
+    same = sum(left == right for left, right in zip(real, own, strict=False))
+    item = Item.counted(
+        _PRESERVED, same, max(len(own), len(real)), differences[:_MOST], needs=("-1/handover",)
+    )
+    return item, numbers
+
+
+def _range(ends: tuple[int, int]) -> str:
+    return f"[{ends[0]:#x}-{ends[1]:#x})"
+
+
+def _replayed(
+    generation: CapturedGeneration, replay: Replay, lines: list[int], preserved: Item | None
+) -> Iterator[Item]:
+    shown = [one for one in replay.differences if one.call.startswith("kho/out/scratch_")]
+    rest = [one for one in replay.differences if one not in shown]
+    if preserved is not None and preserved.ok is False and lines:
+        # Told by an item of its own.
+        low, high = lines[0], lines[-1] + 1
+        rest = [one for one in rest if not low <= one.line <= high]
+    nr_allocations = replay.allocations
+    wrong = min(len(rest), nr_allocations)
+    same = replay.same if rest else nr_allocations
+    yield Item.counted(
+        _REPLAY,
+        min(same, nr_allocations - wrong) if rest else same,
+        nr_allocations,
+        [told(one) for one in rest[:_MOST]],
+        note="allocations",
+        needs=("-1/handover",),
+    )
+    if not generation.has("kho/out/scratch_phys") or not generation.has("kho/out/scratch_len"):
+        yield unknown(_SCRATCH, "kho/out/scratch_phys and scratch_len were not captured")
+    else:
+        nr_areas = len(generation.scratch_areas)
+        yield Item.counted(
+            _SCRATCH,
+            max(0, nr_areas - len(shown)),
+            nr_areas,
+            [told(one) for one in shown],
+            note="taken over" if replay.facts.kho_boot else "reserved",
+            needs=(_REPLAY,),
+        )
+    try:
+        arrays = compare_final_arrays(replay, generation)
+    except InputError as error:
+        yield Item("memblock arrays", False, 0, 1, (str(error),))
+        return
+    if arrays is not None:
+        total = replay.memblock.memory.cnt + replay.memblock.reserved.cnt
+        yield Item.counted(
+            "memblock arrays",
+            max(0, total - len(arrays)),
+            total,
+            [told(one) for one in arrays[:_MOST]],
+            note="regions",
+            needs=(_REPLAY, _PRESERVED),
+        )
+
+
+# -- messages -----------------------------------------------------------------------------------
+
+
+def _messages(generation: CapturedGeneration, before: Held | None, text: str) -> Item:
+    """What the log says of the handover, against what the predecessor left and was asked for."""
+    real = [line for line in kho_lines(text) if not _NO_NEWS.match(line)]
+    real = [_FOUND if line.startswith(_FOUND) else line for line in real]
+    expected: list[str] = []
+    cmdline = _logged_cmdline(text)
+    words = parse_words(cmdline)
+    if before is not None:
+        if before.handover is None:
+            return unknown("messages", f"the predecessor's pages: {before.why}")
+        expected.append(_FOUND)
+    for name, value in words:
+        if name == "kho_scratch":
+            ScratchSizes().parse(value, expected.append)
+    if before is not None and before.handover is not None:
+        regions = before.handover.reserve_mem
+        known = MEMBLOCK_KHO_FDT in before.handover.subtrees
+        for name, value in words:
+            region = (value or "").rpartition(":")[2]
+            if name == "reserve_mem" and known and region in regions:
+                expected.append(f"Revived memory reservation '{region}' from KHO")
+        if before.luo is not None and _asked(words):
+            number = before.luo.liveupdate_num
+            expected.append(f"luo: Retrieved live update data, liveupdate number: {number}")
+        metadata = before.handover.kexec_metadata
+        if metadata is not None:
+            said = f"{metadata.previous_release} (count {metadata.kexec_count})"
+            expected.append(f"KHO: exec from: {said}")
+    # Initcalls of one level may come in any order.
+    missing = list(expected)
+    extra = []
+    for line in real:
+        if line in missing:
+            missing.remove(line)
+        else:
+            extra.append(line)
+    differences = [f"not in the log: {line}" for line in missing]
+    differences += [f"only in the log: {line}" for line in extra]
+    same = len(expected) - len(missing)
+    total = len(expected) + len(extra)
+    return Item.counted("messages", same, total, differences[:_MOST], needs=("-1/handover",))
+
+
+def _logged_cmdline(text: str) -> str:
+    found = re.search(r"(?:Kernel c|\bC)ommand line: ([^\r\n]*)", text)
+    return found.group(1) if found else ""
+
+
+def _asked(words: list[tuple[str, str | None]]) -> bool:
+    answers = [kstrtobool(value) for name, value in words if name == "liveupdate"]
+    return bool(answers and answers[-1])
