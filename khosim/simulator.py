@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from khosim.capture.dmesg import parse_dmesg
 from khosim.capture.folder import Capture
@@ -26,6 +27,9 @@ from khosim.kernel.trace import Event, Trace
 from khosim.machine.hardware import Hardware
 from khosim.machine.memory_map import MemoryMap
 from khosim.units import parse_size
+
+if TYPE_CHECKING:
+    from khosim.conform.jump import Jump
 
 __all__ = ("Machine",)
 
@@ -46,6 +50,7 @@ class Machine:
     __slots__ = (
         "__weakref__",
         "_auditor",
+        "_jump",
         "_last_boot",
         "allocator",
         "generation",
@@ -87,6 +92,7 @@ class Machine:
         """Called with every event of every kernel; see :meth:`listen`."""
         self._auditor = Auditor(hardware) if checks else None
         self._last_boot: tuple[KernelImage, int, str] | None = None
+        self._jump: Jump | None = None
 
     def __repr__(self) -> str:
         ram = self.hardware.memory_map.ram_bytes
@@ -95,9 +101,23 @@ class Machine:
     # -- other ways to get one ------------------------------------------------------------------
 
     @classmethod
-    def from_capture(cls, path: str | Path, **options: object) -> Machine:
-        """A machine with the memory map, nodes and page size of a golden capture."""
+    def from_capture(
+        cls, path: str | Path, generation: int | str | None = None, **options: object
+    ) -> Machine:
+        """A machine with the memory map, nodes and page size of a capture.
+
+        With a ``generation`` it is at the jump away from that one: RAM holds the pages that were
+        captured, and :meth:`boot` starts a kernel that takes over from the real one.
+        """
         capture = Capture(path)
+        if generation is not None:
+            from khosim.conform.jump import Jump, captured_ram
+
+            jump = Jump.find(capture, generation)
+            machine = cls(hardware=captured_ram(jump), **options)  # type: ignore[arg-type]
+            machine.generation = jump.generation.index
+            machine._jump = jump
+            return machine
         memory_map = capture.memory_map()
         page_size = capture.page_size
         return cls(memory_map=memory_map, page_size=page_size, **options)  # type: ignore[arg-type]
@@ -138,7 +158,13 @@ class Machine:
 
         ``release`` is that of ``config`` where one is given, else 7.3.
         ``kernel_size`` and ``initrd`` are sizes; small machines get small ones by default.
+
+        On a machine at the jump of a captured kernel it is that kernel's kexec instead: the image
+        lies in its scratch, and sizes and command line that are not given are its successor's.
         """
+        if self._jump is not None:
+            jump, self._jump = self._jump, None
+            return self._boot_after(jump, release, cmdline, image, config, kernel_size, initrd)
         image = self._image(release, image, config, kernel_size)
         initrd_bytes = self._initrd_bytes(initrd)
         load_kernel(
@@ -147,6 +173,33 @@ class Machine:
         self._last_boot = (image, initrd_bytes, cmdline)
         if self._auditor is not None:
             self._auditor.power_on()
+        return self.resume()
+
+    def _boot_after(
+        self,
+        jump: Jump,
+        release: str | Release | None,
+        cmdline: str,
+        image: KernelImage | None,
+        config: KernelConfig | None,
+        kernel_size: int | str | None,
+        initrd: int | str | None,
+    ) -> Kernel:
+        from khosim.conform.jump import load_image
+
+        chosen = find_release("7.3" if release is None else release)
+        if image is not None or config is not None or kernel_size is not None:
+            image = self._image(release, image, config, kernel_size)
+        initrd_bytes = None if initrd is None else parse_size(initrd, what="initrd")
+        image = load_image(
+            self.hardware,
+            jump,
+            chosen,
+            image=image,
+            initrd_bytes=initrd_bytes,
+            cmdline=cmdline or None,
+        )
+        self._last_boot = (image, initrd_bytes or 0, cmdline or jump.cmdline)
         return self.resume()
 
     def load_successor(

@@ -28,7 +28,7 @@ MAY_USE: dict[str, set[str]] = {
     "capture": BASE | {"machine", "abi"},
     "inspect": BASE | {"machine", "abi", "checks", "capture"},
     "conform": BASE | {"machine", "abi", "kernel", "checks", "capture", "inspect"},
-    "simulator": BASE | {"machine", "abi", "kernel", "checks", "capture"},
+    "simulator": BASE | {"machine", "abi", "kernel", "checks", "capture", "conform"},
     "plan": BASE | {"machine", "kernel", "capture", "conform"},
     "scenario": BASE | {"machine", "kernel", "checks", "capture", "simulator"},
     "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},

@@ -191,7 +191,14 @@ class Handed:
         )
         self.reader: int | None = None
         """The generation that took the handover over."""
-        regions = [] if writer is None else writer.reserve_mem.regions
+        if writer is not None:
+            regions = writer.reserve_mem.regions
+        else:  # nobody watched the jump: what the handover itself says
+            regions = [
+                (name, start, size)
+                for name, (start, size) in handover.reserve_mem.items()
+                if hardware.is_ram(start, size)
+            ]
         self.regions = [_keep_region(ram, *region) for region in regions if region[2]]
         self.revived: list[KeptRegion] = []
         """Regions that live on in the kernel that took over."""

@@ -1,7 +1,8 @@
 """``khosim conform``: one capture, item by item, everything khosim models held against it.
 
 For each generation: its log's memblock calls made again, its handover decoded and rebuilt byte for
-byte, what its successor did with it, what debugfs and ``/proc`` showed. An item that differs only
+byte, what its successor did with it, what debugfs and ``/proc`` showed; and what a simulated
+successor does with it, and a simulated predecessor on that machine. An item that differs only
 because another one already says that the capture contradicts itself is not counted twice.
 """
 
@@ -18,6 +19,7 @@ from khosim.conform.held import Held
 from khosim.conform.items import Item
 from khosim.conform.log_items import log_items
 from khosim.conform.machine_items import files_item, machine_items
+from khosim.conform.successor_items import predecessor_items, successor_items
 from khosim.kernel.arch import find_arch
 
 __all__ = ("Report", "conform_capture")
@@ -65,6 +67,10 @@ def conform_capture(path: str | Path) -> Report:
         items += handover_items(held, arch)
         items += debugfs_items(generation, before, held)
         items += machine_items(capture, generation, replay, before)
+        if before is None:
+            items += predecessor_items(capture, generation)
+        else:
+            items += successor_items(capture, before, generation)
         found[generation.name] = items
         areas = list(replay.scratch) if replay is not None and replay.scratch else None
         before = held

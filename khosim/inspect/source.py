@@ -30,7 +30,7 @@ from khosim.inspect.memory import Memory, MemoryReport, inspect_memory
 from khosim.machine.image import load_image
 from khosim.machine.ram import Ram
 
-__all__ = ("GapReport", "Options", "Report", "inspect_path")
+__all__ = ("GapReport", "Options", "RamReader", "Report", "inspect_path")
 
 _FDT_MAGIC = b"\xd0\x0d\xfe\xed"
 _IMAGE_MAGIC = b"KHOSIMGE"
@@ -182,7 +182,7 @@ def _memory(file: MappedFile, head: bytes, options: Options) -> Memory:
     if head.startswith(_IMAGE_MAGIC):
         _refuse(options, "a machine image", base=True)
         image = load_image(path)
-        return Memory(path, "machine image", _RamReader(image.ram), image.ram.page_size)
+        return Memory(path, "machine image", RamReader(image.ram), image.ram.page_size)
     if head.startswith(ELF_MAGIC):
         _refuse(options, "an ELF dump", base=True)
         core = read_vmcore(file)
@@ -198,7 +198,7 @@ def _memory(file: MappedFile, head: bytes, options: Options) -> Memory:
     return Memory(path, "raw RAM image", memory, options.page_size)
 
 
-class _RamReader:
+class RamReader:
     """The RAM of a loaded machine, searchable."""
 
     __slots__ = ("ram",)

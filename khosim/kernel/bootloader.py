@@ -24,7 +24,7 @@ from khosim.errors import InputError
 from khosim.machine.hardware import Hardware
 from khosim.machine.memory_map import ACPI_DATA, ACPI_NVS, RAM, UNUSABLE
 
-__all__ = ("load_kernel",)
+__all__ = ("build_device_tree", "load_kernel")
 
 _BY = (-1, "boot loader")
 _BOOT_PARAMS_PHYS = 0x10000
@@ -120,14 +120,20 @@ def _load_arm64(
             raise InputError("initrd", f"{initrd_bytes >> 10} KiB do not fit above the kernel")
         _fits(hardware, "initrd", initrd_phys, initrd_bytes)
         ram.write(initrd_phys, initrd, _BY)
-    dtb = _device_tree(hardware, cmdline, initrd_phys, initrd_bytes)
+    dtb = build_device_tree(hardware, cmdline, initrd_phys, initrd_bytes)
     dtb_phys = (initrd_phys + initrd_bytes + 2 * _MIB - 1) & -(2 * _MIB)
     _fits(hardware, "device tree", dtb_phys, len(dtb))
     ram.write(dtb_phys, dtb, _BY)
     hardware.registers = {"pc": entry, "x0": dtb_phys}
 
 
-def _device_tree(hardware: Hardware, cmdline: str, initrd_phys: int, initrd_bytes: int) -> bytes:
+def build_device_tree(
+    hardware: Hardware, cmdline: str, initrd_phys: int, initrd_bytes: int
+) -> bytes:
+    """A machine's device tree, as QEMU's ``virt`` would describe memory, nodes and ``/chosen``.
+
+    Raises :class:`InputError` for a memory map of more pieces than fit into 64 KiB.
+    """
     size = 64 << 10
     tree = memoryview(bytearray(size))
     error = fdt.fdt_create(tree, size)
