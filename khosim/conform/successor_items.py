@@ -10,12 +10,15 @@ speaks its format, these items are not judged.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from khosim.abi.kexec_metadata import KHO_METADATA_NODE_NAME
 from khosim.capture.folder import Capture, CapturedGeneration
+from khosim.checks.decode_luo import Luo
 from khosim.checks.preserved import expand
 from khosim.conform.held import Held
 from khosim.conform.items import Item, unknown
@@ -30,6 +33,7 @@ from khosim.kernel.boot import boot
 from khosim.kernel.bootloader import load_kernel
 from khosim.kernel.image import KernelImage
 from khosim.kernel.kernel import Kernel
+from khosim.kernel.memfd import Memfd
 from khosim.kernel.release import RELEASES, Release
 from khosim.kernel.trace import Event
 from khosim.machine.hardware import Hardware
@@ -88,6 +92,8 @@ def successor_items(capture: Capture, before: Held, after: CapturedGeneration) -
     yield _scratch(kernel, after)
     yield _regions(kernel, before, marks)
     yield _files(kernel, before, after)
+    if before.luo is not None and kernel.liveupdate.enabled:
+        yield _memfds(kernel, before.luo)
     yield _folios(kernel, before)
 
 
@@ -214,6 +220,41 @@ def _files(kernel: Kernel, before: Held, after: CapturedGeneration) -> Item:
     return Item.counted(name, same, total, differences[:_MOST], needs=_SHOWN_NEEDS)
 
 
+def _memfds(kernel: Kernel, luo: Luo) -> Item:
+    """Every session's files: retrieved, with size, position, seals and content."""
+    name = f"{_NAME}: files"
+    differences = []
+    total = 0
+    for session in luo.sessions:
+        try:
+            incoming = kernel.liveupdate.retrieve_session(session.name)
+        except (KernelError, KernelPanic) as error:
+            total += len(session.files)
+            differences.append(f"{session.name}: {error}")
+            continue
+        for file in session.files:
+            memfd = file.memfd
+            if memfd is None:
+                continue
+            total += 1
+            where = f"{session.name}, token {file.token:#x}"
+            try:
+                own = incoming.retrieve(file.token)
+                if not isinstance(own, Memfd):
+                    raise KernelError(errno.EINVAL, "retrieve", "no memfd")
+                facts = own.size, own.f_pos, own.seals
+                digest = hashlib.sha256(own.read(0, own.size)).hexdigest()
+            except (KernelError, KernelPanic, RamFault) as error:
+                differences.append(f"{where}: {error}")
+                continue
+            if facts != (memfd.size, memfd.pos, memfd.seals):
+                differences.append(f"{where}: size, position, seals {facts}")
+            elif memfd.sha256 not in (None, digest):
+                differences.append(f"{where}: other content")
+    same = max(0, total - len(differences))
+    return Item.counted(name, same, total, differences[:_MOST], note="retrieved", needs=_NEEDS)
+
+
 def _folios(kernel: Kernel, before: Held) -> Item:
     """Every preserved block of which pages were captured: restored, with the captured bytes."""
     name = f"{_NAME}: folios"
@@ -222,9 +263,14 @@ def _folios(kernel: Kernel, before: Held) -> Item:
     page = handover.page_size
     pages = before.reader
     known = set(pages.pfn.tolist())
+    # What the kernel or a file has taken already is its own, to write and to free.
+    taken = set(kernel.kho_in.restored)
     differences = []
     total = 0
     for phys, order in expand(handover.preserved):
+        if (phys // page, order) in taken:
+            total += 1
+            continue
         pfns = [pfn for pfn in range(phys // page, (phys // page) + (1 << order)) if pfn in known]
         if order > kernel.arch.max_page_order or not pfns:
             continue
