@@ -53,8 +53,25 @@ def debugfs_items(
         yield unknown("debugfs out", "no blobs")
     elif side is None:
         yield Item("debugfs out", False, 0, 1, (f"{generation.name}/kho/out: no such folder",))
+    elif writer := _other_writer(generation, held):
+        yield unknown("debugfs out", f"the handover is not this kernel's, but {writer}'s")
     else:
         yield from _outgoing(side, generation, before, held)
+
+
+def _other_writer(generation: CapturedGeneration, held: Held) -> str:
+    """Who wrote the handover, where it says that it was not the kernel of this log."""
+    metadata = None if held.handover is None else held.handover.kexec_metadata
+    if metadata is None or held.said is None or held.report is None:
+        return ""
+    told = held.said.get("subtrees", {}).get(KHO_METADATA_NODE_NAME, {})
+    if told != held.report.to_json()["subtrees"].get(KHO_METADATA_NODE_NAME):
+        return ""  # one of the two accounts is damaged
+    try:
+        release = generation.boot_log.release
+    except InputError:
+        return ""
+    return metadata.previous_release if release not in (None, metadata.previous_release) else ""
 
 
 def _incoming(side: DebugfsSide, before: Held) -> Iterator[Item]:

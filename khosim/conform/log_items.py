@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from khosim.abi.fdt import FDT_ERR_NOTFOUND
 from khosim.abi.memblock import MEMBLOCK_KHO_FDT
 from khosim.capture.folder import Capture, CapturedGeneration
+from khosim.checks.decode_root import Region
 from khosim.checks.preserved import expand
 from khosim.conform.dmesg_calls import Reserve, parse_calls, symbol_of
 from khosim.conform.final_state import compare_final_arrays
@@ -23,6 +25,7 @@ from khosim.conform.state import told
 from khosim.errors import InputError
 from khosim.kernel.cmdline import kstrtobool, parse_words
 from khosim.kernel.kho_scratch import ScratchSizes
+from khosim.units import memparse
 
 __all__ = ("kho_lines", "log_items", "preserved_lines")
 
@@ -34,7 +37,6 @@ _LINES = re.compile(
 _NO_NEWS = re.compile(r"KHO: (?:Skipp|mem|preserv)")
 _CALL = re.compile(r"memblock_\w+: |__memblock_reserve: |Command line|command line")
 _FOUND = "KHO: found kexec handover data."
-_LATE = ("luo: ",)
 _REPLAY, _PRESERVED, _SCRATCH = "replay", "preserved", "scratch"
 
 
@@ -86,7 +88,7 @@ def log_items(
         items.append(Item(_REPLAY, False, 0, 1, (str(error),), needs=("-1/handover",)))
     else:
         items += _replayed(generation, replay, lines, preserved)
-    items.append(_messages(generation, before, text))
+    items.append(_messages(before, text, replay))
     return items, replay
 
 
@@ -173,7 +175,7 @@ def _replayed(
 # -- messages -----------------------------------------------------------------------------------
 
 
-def _messages(generation: CapturedGeneration, before: Held | None, text: str) -> Item:
+def _messages(before: Held | None, text: str, replay: Replay | None) -> Item:
     """What the log says of the handover, against what the predecessor left and was asked for."""
     real = [line for line in kho_lines(text) if not _NO_NEWS.match(line)]
     real = [_FOUND if line.startswith(_FOUND) else line for line in real]
@@ -187,13 +189,11 @@ def _messages(generation: CapturedGeneration, before: Held | None, text: str) ->
     for name, value in words:
         if name == "kho_scratch":
             ScratchSizes().parse(value, expected.append)
+    if replay is not None:
+        expected += replay.messages
     if before is not None and before.handover is not None:
-        regions = before.handover.reserve_mem
-        known = MEMBLOCK_KHO_FDT in before.handover.subtrees
-        for name, value in words:
-            region = (value or "").rpartition(":")[2]
-            if name == "reserve_mem" and known and region in regions:
-                expected.append(f"Revived memory reservation '{region}' from KHO")
+        if MEMBLOCK_KHO_FDT in before.handover.subtrees:
+            expected += _revived(words, before.handover.reserve_mem)
         if before.luo is not None and _asked(words):
             number = before.luo.liveupdate_num
             expected.append(f"luo: Retrieved live update data, liveupdate number: {number}")
@@ -214,6 +214,26 @@ def _messages(generation: CapturedGeneration, before: Held | None, text: str) ->
     same = len(expected) - len(missing)
     total = len(expected) + len(extra)
     return Item.counted("messages", same, total, differences[:_MOST], needs=("-1/handover",))
+
+
+def _revived(words: list[tuple[str, str | None]], regions: dict[str, Region]) -> Iterator[str]:
+    """What ``reserve_mem_kho_revive`` has to say about each region that is asked for."""
+    for parameter, value in words:
+        if parameter != "reserve_mem" or value is None or value.count(":") < 2:
+            continue
+        size, at = memparse(value)
+        align, _ = memparse(value, at + 1)
+        name = value.rpartition(":")[2]
+        if name not in regions:
+            yield f"FDT '{MEMBLOCK_KHO_FDT}' has no child '{name}': {-FDT_ERR_NOTFOUND}"
+        elif regions[name].start & max(align, 1) - 1:
+            start = regions[name].start
+            yield f"KHO reserve-mem '{name}' has wrong alignment ({align:#x}, {start:#x})"
+        elif regions[name].size != size:
+            own = regions[name].size
+            yield f"KHO reserve-mem '{name}' has wrong size ({own:#x} != {size:#x})"
+        else:
+            yield f"Revived memory reservation '{name}' from KHO"
 
 
 def _logged_cmdline(text: str) -> str:

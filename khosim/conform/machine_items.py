@@ -99,6 +99,9 @@ def _cmdline(generation: CapturedGeneration) -> Item:
     if found is None:
         return unknown("cmdline", "the log does not tell")
     own, said = generation.cmdline, found.group(1).strip()
+    if said.endswith("\\"):  # a long one is logged in several lines
+        said = said[:-1].rstrip()
+        own = own[: len(said)]
     differences = [] if own == said else [f"{own!r}, in the log {said!r}"]
     return Item.counted("cmdline", own == said, 1, differences)
 

@@ -34,7 +34,7 @@ class Replay:
     identically, ``preserved`` how many reservations of preserved memory came out the same of
     ``nr_preserved`` logged ones. ``scratch`` lists the areas, (address, length), that the simulator
     reserved, or took over from the predecessor; ``memblock`` is left as ``kho_memory_init`` left
-    it.
+    it. ``messages`` are what the simulator had to say about reserving scratch.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Replay:
     preserved: int
     nr_preserved: int
     memblock: Memblock
+    messages: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The outcome for programs."""
@@ -152,6 +153,7 @@ def _replay(
         preserved=state.preserved,
         nr_preserved=engine.nr_preserved,
         memblock=state.memblock,
+        messages=state.said,
     )
 
 

@@ -73,9 +73,11 @@ def reserve_scratch(state: State, facts: BootFacts, events: list[Event]) -> None
     nodes = sorted({nid for nid in memblock.memory.nid if numa_valid_node(nid)}) or [0]
     ram = Ram(min(MAX_PHYS, memblock.memblock_end_of_DRAM()), page_size=facts.page_size)
     state.record = []
+    said: list[str] = []
     array, count, done = kho_reserve_scratch(
-        memblock, ram, arch, RELEASES["7.3"], facts.scratch_sizes, nodes, _BY, _silent
+        memblock, ram, arch, RELEASES["7.3"], facts.scratch_sizes, nodes, _BY, said.append
     )
+    state.said = tuple(said)
     state.expected.extend(expected_calls(state.record))
     state.record = None
     state.scratch = read_scratch_array(ram.read(array, 16 * count)) if done else []
@@ -166,7 +168,3 @@ def extend_from_node_ranges(
 def _blocks(start: int, end: int) -> tuple[int, int]:
     """[start, end) and all else of the 1 GiB blocks that it meets."""
     return start >> _GIB_SHIFT << _GIB_SHIFT, (end - 1 >> _GIB_SHIFT) + 1 << _GIB_SHIFT
-
-
-def _silent(_line: str) -> None:
-    pass

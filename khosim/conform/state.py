@@ -47,7 +47,7 @@ class State:
     ``percpu_frees`` the units of which the per-cpu allocator is about to give back the rest.
     ``same`` counts allocations found identical, ``preserved`` reservations of preserved blocks.
     ``suspicions`` counts what is odd but no difference, to tell equally good hypotheses apart.
-    While ``record`` is a list it gets every memblock call.
+    While ``record`` is a list it gets every memblock call. ``said`` are the simulator's messages.
     """
 
     __slots__ = (
@@ -62,6 +62,7 @@ class State:
         "percpu_frees",
         "preserved",
         "record",
+        "said",
         "same",
         "scratch",
         "steps",
@@ -84,6 +85,7 @@ class State:
         self.percpu_frees: deque[int] = deque()
         self.steps: frozenset[str] = frozenset()
         self.scratch: list[tuple[int, int]] = []
+        self.said: tuple[str, ...] = ()
         memblock.trace = self._trace
 
     def fork(self) -> State:
@@ -102,6 +104,7 @@ class State:
         twin.percpu_frees = deque(self.percpu_frees)
         twin.steps = self.steps
         twin.scratch = list(self.scratch)
+        twin.said = self.said
         return twin
 
     def scratch_overlap(self, phys: int, len_bytes: int) -> bool:

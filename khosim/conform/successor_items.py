@@ -313,7 +313,8 @@ def predecessor_items(capture: Capture, generation: CapturedGeneration) -> Itera
         load_kernel(hardware, image.data, initrd_bytes=sizes.initrd_bytes, cmdline=cmdline)
         kernel = boot(hardware, 0)
         if not kernel.kho_enable:
-            yield unknown(name, "this machine's command line does not turn KHO on")
+            why = [line for line in kernel.messages if line.startswith("KHO: ")]
+            yield unknown(name, f"KHO is off: {why[-1] if why else 'nobody turned it on'}")
             return
         nr_blocks = _hand_over(kernel, image, sizes.initrd_bytes, cmdline)
         memory = Memory("", "simulated", RamReader(hardware.ram), capture.page_size)
