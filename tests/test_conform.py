@@ -421,3 +421,23 @@ def test_the_command_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[st
     at = next(nth for nth, line in enumerate(lines) if "DIFFERS cmdline" in line)
     assert "loud" in lines[at + 1]
     assert ", 1 differ, " in lines[-1]
+
+
+def test_every_flipped_byte_of_a_handed_over_tree_is_told() -> None:
+    """Any byte of the root FDT in a captured page: some item of that generation differs."""
+    from khosim.capture.folder import Capture, CapturedGeneration
+    from khosim.conform.handover_items import handover_items
+    from khosim.conform.held import Held
+    from khosim.kernel.arch import find_arch
+
+    generation = Capture(CAPTURES / "uma1g").generations[1]
+    pfn, data = generation.ram_pages
+    arch = find_arch("x86_64", 4096)
+    row = int(np.searchsorted(pfn, generation.handover["fdt_phys"] >> 12))
+    for at in range(len(generation.handover["fdt"]) // 2):
+        altered = CapturedGeneration(generation.path, 1, 4096)
+        page = data[row, at]
+        data[row, at] ^= 1 << at % 8
+        altered.__dict__ |= {"ram_pages": (pfn, data), "handover": generation.handover}
+        assert any(item.ok is False for item in handover_items(Held(altered), arch)), at
+        data[row, at] = page
