@@ -116,6 +116,39 @@ def test_figures_are_those_of_the_capture(reports: dict[str, Report], name: str)
         assert _facts(items["LUO: folio entries"]) == (True, nr_pages, nr_pages)
 
 
+def test_the_readme_tells_these_figures(reports: dict[str, Report]) -> None:
+    """Sums over all captures, the blocks, tables and trees among them counted from their files."""
+    readme = (GOLDEN.parent.parent / "README.md").read_text()
+    rows = dict(re.findall(r"(?m)^  \| (.*?) \| ([\d,]+ of [\d,]+) \|$", readme))
+    said = [
+        json.loads(path.read_text())
+        for name in NAMES
+        for path in sorted((CAPTURES / name).glob("*/handover.json"))
+    ]
+    sessions = [session for one in said for session in one["luo"]["sessions"]]
+    counted = {
+        "preserved blocks, in": sum(len(one["preserved"]) for one in said),
+        "the same blocks": sum(len(one["preserved"]) for one in said),
+        "root FDTs and subtrees": sum(1 + len(one["subtrees"]) for one in said),
+        "pages of the tree": sum(one["radix_nodes"] for one in said),
+        "memfds of the real kernel": sum(len(session["files"]) for session in sessions),
+    }
+    generations = [items for one in reports.values() for items in one.generations.values()]
+    found = [item for items in generations for item in items]
+    for row, name in (
+        ("boot-time allocations", "replay"),
+        ("scratch areas", "scratch"),
+        ("pages of LUO", "LUO: "),
+    ):
+        chosen = [item for item in found if item.name.startswith(name)]
+        assert all(item.ok for item in chosen)
+        counted[row] = sum(item.total for item in chosen)
+    assert len(rows) == len(counted)
+    for row, figure in rows.items():
+        count = next(count for start, count in counted.items() if row.startswith(start))
+        assert figure == f"{count:,} of {count:,}", row
+
+
 def test_messages_are_counted(reports: dict[str, Report]) -> None:
     """A successor that revives two regions and finds live-update data says five things."""
     log = (CAPTURES / "numa4g/gen1/dmesg").read_text()
