@@ -24,6 +24,8 @@ from khosim.kernel.arch import find_arch
 
 __all__ = ("Report", "conform_capture")
 
+_TAKEN_OVER = "KHO: found kexec handover data"
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -61,6 +63,8 @@ def conform_capture(path: str | Path) -> Report:
     areas: list[tuple[int, int]] | None = None
     for generation in capture.generations:
         held = Held(generation)
+        if before is None and generation.has("dmesg") and _TAKEN_OVER in generation.dmesg:
+            before = Held(generation, why="the capture begins after it")
         items = [files_item(capture, generation)]
         logged, replay = log_items(capture, generation, before, areas)
         items += logged

@@ -54,6 +54,10 @@ def handover_items(held: Held, arch: Arch) -> Iterator[Item]:
 
 
 _RADIX = ("kho-v3", "kho-v4")
+_OTHER_FORMATS = ("luo-compatible",)
+"""Damage to a reader, but none to the kernel that wrote it."""
+_SEQUENTIAL = ("memblock", "kho_test", "LUO")
+"""Subtrees whose owners write them front to back."""
 _NOT_IN_PAGES = ("kho_data",)
 """Boot parameters, which the independent program looked for in all of RAM."""
 
@@ -86,7 +90,9 @@ def _told(held: Held) -> Item:
     wrong = sum(own.get(key) != said.get(key) for key in keys)
     # What the two agree on may still be damage, but of the handover and not of the capture.
     if not wrong:
-        differences += [f"{one['path']}: {one['found']}" for one in damage]
+        differences += [
+            f"{one['path']}: {one['found']}" for one in damage if one["code"] not in _OTHER_FORMATS
+        ]
     return Item.counted(_HANDOVER, len(keys) - wrong, len(keys), differences[:_MOST])
 
 
@@ -121,6 +127,8 @@ def _subtree(held: Held, handover: Handover, name: str) -> Item:
         return _rebuilt(item, first_difference(blob, pieces[0][2][: len(blob)]), "packed")
     if blob.startswith(FDT_MAGIC):
         tree = rebuild_tree(blob)
+        if tree.difference and name not in _SEQUENTIAL:
+            return unknown(item, "a tree that is written in a way khosim does not know")
         return _rebuilt(item, tree.difference, tree.way)
     return unknown(item, f"{len(blob)} bytes of a format that khosim does not know")
 

@@ -1,7 +1,7 @@
 """What one captured generation handed over, read once for all who ask.
 
 Pages come from ``ram.npz``, the independent program's account from ``handover.json``; either may be
-missing, and then ``why`` says so.
+missing, and then ``why`` says so. A handover that was never captured is made with that reason.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ _PHYS_MAX = 1 << 52
 class Held:
     """A generation's handover. ``report`` is None, and ``why`` says why, where it is not there."""
 
-    def __init__(self, generation: CapturedGeneration) -> None:
+    def __init__(self, generation: CapturedGeneration, *, why: str = "") -> None:
         self.generation = generation
-        self.why = ""
+        self.why = why
         self.report: MemoryReport | None = None
+        if why:
+            return
         try:
             self.report = self._read()
         except InputError as error:

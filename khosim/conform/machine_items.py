@@ -21,6 +21,7 @@ from khosim.conform.items import Item, unknown
 from khosim.conform.replay import Replay
 from khosim.conform.start import covered, subtract
 from khosim.errors import InputError
+from khosim.kernel.memblock import MEMBLOCK_NOMAP
 from khosim.machine.memory_map import RAM
 
 __all__ = ("files_item", "machine_items")
@@ -30,6 +31,7 @@ _V1, _V1_MOST_KIB = "kho-v1", 64
 _ZONE_RANGE = re.compile(
     r"(?m)  (DMA|DMA32|Normal|Device)[ \t]+(?:\[mem 0x([0-9a-f]+)-0x([0-9a-f]+)\]|empty)\s*$"
 )
+_EFI = re.compile(r"\befi: EFI v\d")
 _ZONE = re.compile(r"Node (\d+), zone +(\S+)")
 _COUNT = re.compile(r"\s+(?:pages )?(free|spanned|present|managed|start_pfn):?\s+(\d+)")
 _SOMETIMES = re.compile(
@@ -116,10 +118,14 @@ def _iomem(generation: CapturedGeneration, replay: Replay | None) -> Item:
         for one in iomem.memory_map.entries
         if one.type == RAM
     ]
-    memory = [
-        (start * page, end * page) for start, end, _ in replay.memblock.for_each_mem_pfn_range()
+    rows = replay.memblock.memory.rows()
+    memory = [  # what is not to be mapped is called reserved there
+        (-(-base // page) * page, (base + size) // page * page)
+        for base, size, flags, _ in rows
+        if not flags & MEMBLOCK_NOMAP
     ]
-    last = max(end for _, end in memory)  # memory above was plugged in later
+    memory = [(low, high) for low, high in memory if low < high]
+    last = replay.memblock.memblock_end_of_DRAM()  # memory above was plugged in later
     lost = subtract(memory, shown)
     extra = subtract([(low, min(high, last)) for low, high in shown if low < last], memory)
     differences = [f"memory [{low:#x}-{high:#x}) is no System RAM" for low, high in lost]
@@ -133,6 +139,18 @@ def _iomem(generation: CapturedGeneration, replay: Replay | None) -> Item:
     return Item.counted(
         "iomem", max(0, total - len(differences)), total, differences[:_MOST], needs=("replay",)
     )
+
+
+def _plugged(generation: CapturedGeneration, replay: Replay) -> bool:
+    """Whether there is RAM above all that memblock knew."""
+    if not generation.has("iomem"):
+        return False
+    last = replay.memblock.memblock_end_of_DRAM()
+    try:
+        entries = generation.iomem.memory_map.entries
+    except InputError:
+        return False
+    return any(one.type == RAM and one.end - generation.page_size > last for one in entries)
 
 
 def _zones(generation: CapturedGeneration) -> list[_Zone]:
@@ -153,6 +171,8 @@ def _zoneinfo(generation: CapturedGeneration, replay: Replay | None) -> Item:
         return unknown("zoneinfo", "no replay to compare it with")
     if any(one.name == "Movable" and one.counts.get("present") for one in zones):
         return unknown("zoneinfo", "kernelcore= or movablecore= moved memory between zones")
+    if _plugged(generation, replay):
+        return unknown("zoneinfo", "memory was plugged in after boot")
     page = generation.page_size
     limits = {
         name: (int(low, 16) // page, (int(high, 16) + 1) // page)
@@ -196,8 +216,11 @@ def _meminfo(generation: CapturedGeneration, before: Held | None) -> Item:
     own, said = pages * generation.page_size >> 10, int(found.group(1))
     differences = [] if own == said else [f"MemTotal {said} kB, all zones together {own} kB"]
     old = before is not None and (before.handover is None or before.handover.compatible == _V1)
-    if differences and old and 0 < said - own < _V1_MOST_KIB:
-        return unknown("meminfo", f"{differences[0]}: kho-v1's accounts are not modelled")
+    late = old and said - own < _V1_MOST_KIB
+    if generation.has("dmesg") and _EFI.search(generation.dmesg):
+        late = True  # efi_free_boot_services: memblock_free_late counts pages for the total alone
+    if said > own and late:
+        return unknown("meminfo", f"{differences[0]}: this boot frees memory late")
     return Item.counted("meminfo", own == said, 1, differences, needs=("zoneinfo",))
 
 
