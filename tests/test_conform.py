@@ -309,6 +309,35 @@ def _a_leaf(folder: Path, root: int) -> int:
     return root
 
 
+@pytest.mark.parametrize("log", sorted(path.name for path in (GOLDEN / "logs").glob("*.txt")))
+def test_a_capture_may_be_a_log_alone(tmp_path: Path, log: str) -> None:
+    """Of seven other machines only the log was kept: nothing differs, most is not told."""
+    path = GOLDEN / "logs" / log
+    (tmp_path / "gen0").mkdir()
+    shutil.copy(path, tmp_path / "gen0" / "dmesg")
+    facts = {"release": "7.3.4", "generations": ["gen0"]}
+    (tmp_path / "capture.json").write_text(json.dumps(facts))
+    report = conform_capture(tmp_path)
+    assert _wrong(report) == set()
+    items = _items(report, "gen0")
+    assert items["replay"].ok is True
+    assert items["debugfs"].ok is None
+    if "found kexec handover data" in path.read_text():
+        assert "begins after it" in items["preserved"].note
+    else:
+        assert items["predecessor: inspected"].ok is True
+
+
+def test_a_handover_of_another_writer_is_not_this_kernels(tmp_path: Path) -> None:
+    """Pages that name another kernel as their writer: debugfs of this one is not held to them."""
+    folder = _copy(tmp_path, "uma1g", 2)
+    path = folder / "gen0/dmesg"
+    path.write_text(path.read_text().replace("Linux version 7.3.4", "Linux version 7.3.5"))
+    items = _items(conform_capture(folder), "gen0")
+    assert items["debugfs out"].ok is None
+    assert "7.3.4" in items["debugfs out"].note
+
+
 # -- missing and broken files -------------------------------------------------------------------
 
 

@@ -235,8 +235,8 @@ def test_formats_without_a_release_are_said() -> None:
         assert "kho-v1" in items[0].note
 
 
-def test_sizes_are_those_of_the_log() -> None:
-    """Kernel, brk, initrd and CPUs as two captures' own lines tell them."""
+def test_sizes_are_those_of_the_log(tmp_path: Path) -> None:
+    """Kernel, brk, initrd and CPUs as two captures' own lines tell them, and a moved kernel's."""
     x86 = read_sizes(Capture(CAPTURES / "uma1g").generations[0], "x86_64")
     assert x86 is not None
     assert (x86.kernel_phys, x86.kernel_bytes, x86.brk_bytes) == (16 << 20, 0x7F4000, 0x10000)
@@ -245,5 +245,12 @@ def test_sizes_are_those_of_the_log() -> None:
     assert arm64 is not None
     assert arm64.kernel_bytes is not None
     assert arm64.initrd_bytes > 1 << 20
+    kaslr = CAPTURES.parent / "logs" / "no-numa-7.2.txt"
+    (tmp_path / "gen0").mkdir()
+    shutil.copy(kaslr, tmp_path / "gen0" / "dmesg")
+    (tmp_path / "capture.json").write_text('{"release": "7.2.13", "generations": ["gen0"]}')
+    moved = read_sizes(Capture(tmp_path).generations[0], "x86_64")
+    assert moved is not None
+    assert moved.kernel_bytes == 0x3EDFD000 - 0x3E400000
     jump = Jump.find(Capture(CAPTURES / "uma1g"), 0)
     assert jump.sizes().initrd_bytes == 0x38800000 - 0x38086000

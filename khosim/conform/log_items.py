@@ -37,6 +37,7 @@ _LINES = re.compile(
 )
 """The messages that khosim models, and those that say that something failed."""
 _CALL = re.compile(r"memblock_\w+: |__memblock_reserve: |Command line|command line")
+_AREAS = ("kho/out/scratch_phys", "kho/out/scratch_len")
 _FOUND = "KHO: found kexec handover data."
 _REPLAY, _PRESERVED, _SCRATCH = "replay", "preserved", "scratch"
 
@@ -84,7 +85,13 @@ def log_items(
     replay = None
     try:
         root_fdt = None if before is None else before.root_fdt()
-        replay = replay_generation(capture, generation, root_fdt=root_fdt, areas=areas)
+        replay = replay_generation(
+            capture,
+            generation,
+            root_fdt=root_fdt,
+            areas=areas,
+            compare_areas=all(generation.has(name) for name in _AREAS),
+        )
     except InputError as error:
         items.append(Item(_REPLAY, False, 0, 1, (str(error),), needs=("-1/handover",)))
     else:
@@ -144,8 +151,12 @@ def _replayed(
         note="allocations",
         needs=("-1/handover",),
     )
-    if not generation.has("kho/out/scratch_phys") or not generation.has("kho/out/scratch_len"):
-        yield unknown(_SCRATCH, "kho/out/scratch_phys and scratch_len were not captured")
+    missing = [name for name in _AREAS if not generation.has(name)]
+    if missing and not generation.has("kho/out"):
+        yield unknown(_SCRATCH, "debugfs was not captured")
+    elif missing:
+        differences = [f"{generation.name}/{name}: no such file" for name in missing]
+        yield Item(_SCRATCH, False, 0, 1, tuple(differences))
     else:
         nr_areas = len(generation.scratch_areas)
         yield Item.counted(

@@ -98,11 +98,13 @@ def replay_generation(
     *,
     root_fdt: bytes | None = None,
     areas: list[tuple[int, int]] | None = None,
+    compare_areas: bool = True,
 ) -> Replay:
     """Replay one generation of a capture, the one before it as its predecessor.
 
-    The scratch areas are compared with those that the kernel showed in debugfs. ``root_fdt`` and
-    ``areas`` are the predecessor's root FDT and scratch areas, where they are known better.
+    The scratch areas are compared with those that the kernel showed in debugfs, unless
+    ``compare_areas`` is False. ``root_fdt`` and ``areas`` are the predecessor's root FDT and
+    scratch areas, where they are known better.
     """
     before = capture.generations[generation.index - 1] if generation.index else None
     predecessor = None
@@ -111,7 +113,8 @@ def replay_generation(
             before, generation, capture.arch, root_fdt=root_fdt, areas=areas
         )
     place = str(generation.path / "dmesg")
-    return _replay(generation.dmesg, generation.name, place, capture, predecessor, generation)
+    text, shown = generation.dmesg, generation if compare_areas else None
+    return _replay(text, generation.name, place, capture, predecessor, shown)
 
 
 def _replay(

@@ -20,13 +20,16 @@ __all__ = ("Sizes", "read_sizes")
 _RANGE = r"\[(?:mem )?0x([0-9a-f]+)-0x([0-9a-f]+)\]"
 _BRK = re.compile(rf"__memblock_reserve: {_RANGE} nid=-1 flags=20 setup_arch\+")
 _RAMDISK = re.compile(rf"(?<!new )RAMDISK: {_RANGE}")
+_RESERVED = re.compile(rf" reserved\[0x[0-9a-f]+\][ \t]+{_RANGE}, .* flags: 0x20")
 _ARM64 = re.compile(rf"__memblock_reserve: {_RANGE} .*flags=0 arm64_memblock_init")
 _PERCPU = re.compile(r"Embedded (\d+) pages/cpu")
 _CPUS = re.compile(r"nr_cpu_ids:(\d+)")
 _FREED = re.compile(r"Freeing unused kernel (?:image \(initmem\) )?memory: (\d+)K")
 _TEXT_PHYS = 16 << 20
-_LEAST, _MOST = 1 << 20, 1 << 30
+_ALIGN = 2 << 20
+_LEAST, _MOST = 1 << 20, 256 << 20
 _MOST_CPUS = 8192
+_MOST_INITRD = 4 << 30
 _DEFAULT_INITRD = 8 << 20
 
 
@@ -70,7 +73,7 @@ def read_sizes(generation: CapturedGeneration, arch: str) -> Sizes | None:
     if arch == "x86_64":
         brk = _span(_BRK.search(log))
         if brk is not None:
-            start = _TEXT_PHYS if code is None else code
+            start = _image_start(log, brk[1]) if code is None else code
             sizes = sizes._replace(
                 kernel_bytes=_sane(brk[0] - start), brk_bytes=_sane(brk[1] - brk[0], 0)
             )
@@ -89,8 +92,17 @@ def read_sizes(generation: CapturedGeneration, arch: str) -> Sizes | None:
         init_bytes=None if freed is None else _sane(freed << 10, 0),
         percpu_bytes=None if percpu is None else _sane(percpu * page, 0),
         nr_cpus=nr_cpus if nr_cpus is not None and 0 < nr_cpus <= _MOST_CPUS else 1,
-        initrd_bytes=0 if initrd is None else _sane(initrd[1] - initrd[0], 0) or 0,
+        initrd_bytes=0 if initrd is None else min(max(initrd[1] - initrd[0], 0), _MOST_INITRD),
     )
+
+
+def _image_start(log: str, brk_end: int) -> int:
+    """Where an image begins that ends at ``brk_end``: the first dump of memblock shows it whole."""
+    for found in _RESERVED.finditer(log):
+        span = _span(found)
+        if span is not None and span[0] < brk_end <= span[1] and not span[0] % _ALIGN:
+            return span[0]
+    return _TEXT_PHYS
 
 
 def _kernel_code(generation: CapturedGeneration) -> int | None:
