@@ -73,6 +73,12 @@ class Memory:
         self.log.append(("alloc", phys))
         return phys
 
+    def kho_radix_alloc_nodes(self, nr_nodes: int) -> list[int]:
+        nodes: list[int] = []
+        while len(nodes) < nr_nodes and (phys := self.kho_radix_alloc_node()):
+            nodes.append(phys)
+        return nodes
+
     def kho_radix_free_node(self, phys: int) -> None:
         self.free.append(phys // self.arch.page_size)
         self.log.append(("free", phys))

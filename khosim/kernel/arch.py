@@ -9,6 +9,7 @@ ZONE_DMA, and arm64 has no ZONE_DMA32 either: all of its memory counts as low un
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 
 from khosim.errors import InputError
 
@@ -73,6 +74,7 @@ _ARM64_PAGES = {
 }
 
 
+@lru_cache(maxsize=8)
 def find_arch(name: str, page_size: int) -> Arch:
     """The architecture ``name`` with pages of ``page_size`` bytes.
 

@@ -43,7 +43,7 @@ def load_kernel(
     is of another architecture or does not fit.
     """
     initrd_bytes = max(initrd_bytes, len(initrd))
-    if not cmdline.isascii() or len(cmdline) > 2000 or any(ord(char) < 32 for char in cmdline):
+    if not cmdline.isascii() or len(cmdline) > 2000 or min(cmdline, default=" ") < " ":
         raise InputError("cmdline", "it must be at most 2000 printable ASCII characters")
     if hardware.arch == "x86_64":
         _load_x86(hardware, image, initrd, initrd_bytes, cmdline)

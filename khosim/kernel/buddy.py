@@ -92,11 +92,12 @@ class Zone:
         self.nr_free[migratetype] += 1 << order
         lists = self.free[migratetype]
         max_order = self.max_order
+        pageblock_order = self.pageblocks.order
         while order < max_order:
             buddy = pfn ^ (1 << order)
             if buddy in lists[order]:
                 del lists[order][buddy]
-            elif not self._adopt_buddy(buddy, order, migratetype):
+            elif order < pageblock_order or not self._adopt_buddy(buddy, order, migratetype):
                 break
             pfn &= buddy
             order += 1
@@ -112,7 +113,7 @@ class Zone:
 
     def _adopt_buddy(self, buddy: int, order: int, migratetype: int) -> bool:
         # Whole pageblocks of different types merge too, except with CMA; the buddy's is changed.
-        if order < self.pageblocks.order or migratetype == CMA:
+        if migratetype == CMA:
             return False
         other = UNMOVABLE if migratetype == MOVABLE else MOVABLE
         blocks = self.free[other][order]
@@ -138,19 +139,27 @@ class Zone:
     ) -> None:
         """``__free_pages_memory``: free a range in the largest blocks its alignment allows."""
         pfn = start_pfn
-        size = 1 << self.max_order
+        max_order, lists = self.max_order, self.free[migratetype]
+        lone = self.pageblocks.order if to_tail else 0  # below, no buddy on the list: a block alone
         while pfn < end_pfn:
-            order = min(self.max_order, (pfn & -pfn).bit_length() - 1 if pfn else self.max_order)
-            while pfn + (1 << order) > end_pfn:
+            order = (pfn & -pfn).bit_length() - 1 if pfn else max_order
+            if order > max_order:
+                order = max_order
+            size = 1 << order
+            while pfn + size > end_pfn:
                 order -= 1
-            if order == self.max_order:
+                size >>= 1
+            if order == max_order:
                 nr_blocks = (end_pfn - pfn) >> order
-                self.nr_free[migratetype] += nr_blocks * size
+                size *= nr_blocks
+                self.nr_free[migratetype] += size
                 self._put_max(pfn, nr_blocks, migratetype, to_tail)
-                pfn += nr_blocks * size
+            elif order < lone and pfn ^ size not in lists[order]:
+                self.nr_free[migratetype] += size
+                lists[order][pfn] = None
             else:
                 self.free_one_page(pfn, order, migratetype, to_tail=to_tail)
-                pfn += 1 << order
+            pfn += size
 
     def _put_max(self, pfn: int, nr_blocks: int, migratetype: int, to_tail: bool) -> None:
         runs, starts = self.max_blocks[migratetype], self.max_starts[migratetype]

@@ -109,7 +109,8 @@ class DirectMap:
 
     def pfn_to_online_page(self, pfn: int) -> bool:
         """``pfn_to_online_page``: whether the section of ``pfn`` is online."""
-        return self.first_missing_struct_page(pfn, pfn + 1) is None
+        i = bisect_right(self._present_starts, pfn) - 1
+        return i >= 0 and pfn < self._present_ends[i]
 
     def early_page_initialised(self, pfn: int) -> bool:
         """``early_page_initialised`` for a pfn that memblock may not know."""

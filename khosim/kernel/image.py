@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from functools import lru_cache
 from zlib import crc32
 
 from khosim.abi.arm64_image import ARM64_HEADER_BYTES, build_arm64_image
@@ -67,6 +68,9 @@ class KernelConfig:
     zone_dma: bool = False
     """arm64: ``CONFIG_ZONE_DMA``, so that low memory ends at 4 GiB."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cpu_nodes", tuple(self.cpu_nodes))
+
     def evolve(self, **changes: object) -> KernelConfig:
         """This configuration with some fields changed; an unknown name is an InputError."""
         names = {field.name for field in dataclasses.fields(self)}
@@ -100,22 +104,30 @@ class KernelImage:
             config = KernelConfig(release=find_release(release))
         if size is not None:
             config = _scaled(config, parse_size(size, what="kernel image size"))
-        payload = _pack_config(config)
-        if arch == "x86_64":
-            data = build_bzimage(
-                bytes(_ENTRY64_OFFSET) + payload,
-                kernel_alignment=2 << 20,
-                pref_address=16 << 20,
-                init_size=config.init_size_bytes,
-                cmdline_size=2047,
-            )
-        else:
-            data = build_arm64_image(
-                payload, image_size=config.kernel_bytes, page_size=page_size
-            )
-        return KernelImage(config, arch, page_size, data)
+        return _built(config, arch, page_size)
 
 
+# What follows is asked again and again, of few different kernels, and depends on nothing but its
+# arguments.
+
+
+@lru_cache(maxsize=16)
+def _built(config: KernelConfig, arch: str, page_size: int) -> KernelImage:
+    payload = _pack_config(config)
+    if arch == "x86_64":
+        data = build_bzimage(
+            bytes(_ENTRY64_OFFSET) + payload,
+            kernel_alignment=2 << 20,
+            pref_address=16 << 20,
+            init_size=config.init_size_bytes,
+            cmdline_size=2047,
+        )
+    else:
+        data = build_arm64_image(payload, image_size=config.kernel_bytes, page_size=page_size)
+    return KernelImage(config, arch, page_size, data)
+
+
+@lru_cache(maxsize=16)
 def _scaled(config: KernelConfig, size_bytes: int) -> KernelConfig:
     if not 2 << 20 <= size_bytes <= 1 << 30:
         raise InputError("kernel image size", f"{size_bytes} is not between 2M and 1G")
@@ -150,6 +162,7 @@ def config_offset(arch: str) -> int:
     return _ENTRY64_OFFSET if arch == "x86_64" else ARM64_HEADER_BYTES
 
 
+@lru_cache(maxsize=16)
 def read_kernel_config(data: bytes) -> KernelConfig:
     """The configuration in a loaded image's bytes; :class:`KernelPanic` where it is no kernel."""
     if len(data) < _PREFIX.size:

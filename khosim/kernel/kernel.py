@@ -226,7 +226,7 @@ class Kernel(DirectMap, KhoCalls):
 
     def kho_radix_alloc_nodes(self, nr_nodes: int) -> list[int]:
         """``nr_nodes`` zeroed pages as single calls would give them; fewer when memory ends."""
-        if not self.slab_available:
+        if not self.slab_available or not self.pages.bulk_is_exact:
             nodes: list[int] = []
             while len(nodes) < nr_nodes and (phys := self.kho_radix_alloc_node()):
                 nodes.append(phys)

@@ -293,9 +293,10 @@ class KhoIn:
                 kernel.generation,
             )
         state = kernel.pages.restored_state(order if is_folio else 0, is_folio and order > 0)
-        kept = {
-            other: value for other, value in pages.private.items() if pfn < other < pfn + nr_pages
-        }
+        kept: dict[int, int] = {}
+        if pages.private:
+            inside = range(pfn + 1, pfn + nr_pages)
+            kept = {other: value for other, value in pages.private.items() if other in inside}
         pages.set(pfn, pfn + nr_pages, state)
         pages.private.update(kept)
         kernel.pages.adjust_managed_page_count(pfn, nr_pages)

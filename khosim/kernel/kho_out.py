@@ -153,7 +153,8 @@ class KhoOut:
     def preserve_folio(self, pfn: int, order: int) -> None:
         """``kho_preserve_folio``: raises -EINVAL (DEBUG, in scratch), -ENOMEM or -ERANGE."""
         kernel = self._kernel
-        self._check_debug("kho_preserve_folio", pfn, 1 << order)
+        if kernel.config.debug:
+            self._check_debug("kho_preserve_folio", pfn, 1 << order)
         key = kho_encode_radix_key(pfn << kernel.arch.page_shift, order, kernel.arch.page_shift)
         error = self.tree.add_key(key)
         if kernel.trace is not None:
@@ -251,7 +252,7 @@ class KhoOut:
         if self._kernel.release.preserve_splits_at_nodes:
             nid_of_pfn = self._kernel.nid_of_pfn
             nid = nid_of_pfn(start_pfn)
-            while nid != nid_of_pfn(start_pfn + (1 << order) - 1):
+            while order and nid != nid_of_pfn(start_pfn + (1 << order) - 1):
                 order -= 1
         return order
 

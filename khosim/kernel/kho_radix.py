@@ -20,7 +20,13 @@ import numpy.typing as npt
 
 from khosim.errors import KernelPanic
 from khosim.kernel.arch import Arch
-from khosim.kernel.kho_radix_bits import first_uses, runs_of_bits, runs_of_leaves, set_bits
+from khosim.kernel.kho_radix_bits import (
+    first_uses,
+    runs_of_bits,
+    runs_of_leaves,
+    set_bits,
+    used_words,
+)
 from khosim.machine.ram import Ram
 
 __all__ = (
@@ -77,6 +83,9 @@ class NodeMemory(Protocol):
     def kho_radix_alloc_node(self) -> int:
         """A zeroed page's physical address, or 0."""
 
+    def kho_radix_alloc_nodes(self, nr_nodes: int) -> list[int]:
+        """As so many :meth:`kho_radix_alloc_node`; fewer where one of them would fail."""
+
     def kho_radix_free_node(self, phys: int) -> None:
         """Give back a page that :meth:`kho_radix_alloc_node` gave."""
 
@@ -101,6 +110,7 @@ class KhoRadixTree:
         "_leaf_mask",
         "_mapped",
         "_memory",
+        "_page_size",
         "_shifts",
         "_table_mask",
         "_width",
@@ -111,6 +121,7 @@ class KhoRadixTree:
         arch = memory.arch
         table_bits = arch.page_shift - 3
         self._memory = memory
+        self._page_size = arch.page_size
         self._table_mask = (1 << table_bits) - 1
         self._leaf_bits = arch.page_shift + 3
         self._leaf_mask = (1 << self._leaf_bits) - 1
@@ -120,7 +131,8 @@ class KhoRadixTree:
             (level - 1) * table_bits + self._leaf_bits
             for level in range(arch.tree_depth - 1, 0, -1)
         ]
-        self._mapped: set[int] = set()  # pages that virt() has vouched for: it never takes back
+        # Pages of RAM that virt() has vouched for: it never takes that back.
+        self._mapped: set[int] = set()
         self.root = root
 
     def init_tree(self, root: int = 0) -> int:
@@ -132,61 +144,70 @@ class KhoRadixTree:
         self.root = root
         return 0
 
-    def _map(self, node: int, access: int) -> None:
-        # phys_to_virt(node), and an access to eight bytes at ``access`` in its page.
-        page_size = self._memory.arch.page_size
-        if node & (page_size - 1):
+    def _map(self, node: int) -> None:
+        # phys_to_virt of a whole page.
+        memory, page_size = self._memory, self._page_size
+        memory.virt(node, page_size)
+        if node + page_size <= memory.ram.size_bytes:
+            self._mapped.add(node)
+
+    def _read(self, node: int, access: int) -> int:
+        # phys_to_virt(node), and the number at ``access`` in its page.
+        if node & (self._page_size - 1):
             self._memory.virt(access, 8)
         else:
-            self._memory.virt(node, page_size)
-            self._mapped.add(node)
+            self._map(node)
+        return self._memory.ram.read_u64(access)
 
     def _find_leaf(self, key: int) -> int:
         """The leaf page of ``key``, or 0 where a table lacks the entry."""
-        read_u64, mapped, mask = self._memory.ram.read_u64, self._mapped, self._table_mask
+        words, mapped, mask = self._memory.ram.words, self._mapped, self._table_mask
         node = self.root
         for shift in self._shifts:
             entry = node + ((key >> shift & mask) << 3)
-            if node not in mapped:
-                self._map(node, entry)
-            node = read_u64(entry)
+            node = words.item(entry >> 3) if node in mapped else self._read(node, entry)
             if not node:
                 return 0
         return node
 
-    def _make_leaf(self, key: int, by: tuple[int, str]) -> int:
-        """The leaf page of ``key``, made with its tables where it is missing; 0: no memory."""
-        memory, mapped, mask = self._memory, self._mapped, self._table_mask
-        ram = memory.ram
+    def _make_leaf(self, key: int, by: tuple[int, str]) -> tuple[int, bool]:
+        """The leaf page of ``key`` (0: no memory), and whether it had to be made and is empty."""
+        words, mapped, mask = self._memory.ram.words, self._mapped, self._table_mask
+        shifts = self._shifts
         node = self.root
-        anchor = 0
-        new_nodes: list[int] = []
-        for shift in self._shifts:
+        for level, shift in enumerate(shifts):
             entry = node + ((key >> shift & mask) << 3)
-            if node not in mapped:
-                self._map(node, entry)
-            node = ram.read_u64(entry)
-            if node:
-                continue
-            node = memory.kho_radix_alloc_node()
+            node = words.item(entry >> 3) if node in mapped else self._read(node, entry)
             if not node:
-                # The kernel frees the tables from the top down, then cuts the new branch off.
-                for created in new_nodes:
-                    memory.kho_radix_free_node(created)
-                if anchor:
-                    ram.write_u64(anchor, 0, by)
-                return 0
-            ram.write_u64(entry, node, by)
-            anchor = anchor or entry
-            new_nodes.append(node)
-        return node
+                return self._make_branch(entry, key, shifts[level + 1 :], by), True
+        return node, False
 
-    def _word_of(self, leaf: int, key: int) -> int:
-        """The address of the bitmap word that holds the bit of ``key``."""
-        word = leaf + ((key & self._leaf_mask) >> 6 << 3)
-        if leaf not in self._mapped:
-            self._map(leaf, word)
-        return word
+    def _make_branch(self, anchor: int, key: int, shifts: list[int], by: tuple[int, str]) -> int:
+        """The tables of ``shifts`` and a leaf below the empty entry at ``anchor``: that leaf."""
+        memory, mask = self._memory, self._table_mask
+        write_u64 = memory.ram.write_u64
+        new_nodes = memory.kho_radix_alloc_nodes(len(shifts) + 1)
+        entry = anchor
+        for node, shift in zip(new_nodes, [*shifts, 0], strict=False):
+            write_u64(entry, node, by)
+            memory.virt(node, self._page_size)
+            entry = node + ((key >> shift & mask) << 3)
+        if len(new_nodes) > len(shifts):
+            self._mapped.update(new_nodes)
+            return new_nodes[-1]
+        # The kernel frees the tables from the top down, then cuts the new branch off.
+        for node in new_nodes:
+            memory.kho_radix_free_node(node)
+        if new_nodes:
+            write_u64(anchor, 0, by)
+        return 0
+
+    def _bit_of(self, leaf: int, key: int) -> tuple[int, int]:
+        """The address of the bitmap word that holds the bit of ``key``, and the word."""
+        at = leaf + ((key & self._leaf_mask) >> 6 << 3)
+        if leaf in self._mapped:
+            return at, self._memory.ram.words.item(at >> 3)
+        return at, self._read(leaf, at)
 
     # -- single keys -------------------------------------------------------------------------
 
@@ -199,12 +220,14 @@ class KhoRadixTree:
         if key.bit_length() > self._width:
             return -errno.ERANGE
         by = memory.by("kho_radix_add_key")
-        leaf = self._make_leaf(key, by)
+        leaf, is_new = self._make_leaf(key, by)
         if not leaf:
             return -errno.ENOMEM
-        word = self._word_of(leaf, key)
-        ram = memory.ram
-        ram.write_u64(word, ram.read_u64(word) | 1 << (key & 63), by)
+        if is_new:  # its zeros need no look, for which the host would have to map the page first
+            at, word = leaf + ((key & self._leaf_mask) >> 6 << 3), 0
+        else:
+            at, word = self._bit_of(leaf, key)
+        memory.ram.write_u64(at, word | 1 << (key & 63), by)
         return 0
 
     def has_key(self, key: int) -> bool:
@@ -214,16 +237,15 @@ class KhoRadixTree:
         leaf = self._find_leaf(key)
         if not leaf:
             return False
-        return bool(self._memory.ram.read_u64(self._word_of(leaf, key)) >> (key & 63) & 1)
+        return bool(self._bit_of(leaf, key)[1] >> (key & 63) & 1)
 
     def del_key(self, key: int) -> None:
         """``kho_radix_del_key``: clear the key's bit; warns when its tables do not exist."""
         leaf = self._leaf_to_clear(key)
         if leaf:
-            ram = self._memory.ram
-            word = self._word_of(leaf, key)
+            at, word = self._bit_of(leaf, key)
             by = self._memory.by("kho_radix_del_key")
-            ram.write_u64(word, ram.read_u64(word) & ~(1 << (key & 63)), by)
+            self._memory.ram.write_u64(at, word & ~(1 << (key & 63)), by)
 
     def _leaf_to_clear(self, key: int) -> int:
         memory = self._memory
@@ -256,15 +278,18 @@ class KhoRadixTree:
 
     # -- walking -----------------------------------------------------------------------------
 
-    def _page(self, node: int) -> npt.NDArray[np.uint8]:
-        memory = self._memory
-        page_size = memory.arch.page_size
-        return memory.ram.view(memory.virt(node, page_size), page_size)
+    def _words(self, node: int) -> npt.NDArray[np.uint64]:
+        """All of a table's or leaf's page."""
+        memory, page_size = self._memory, self._page_size
+        if node in self._mapped:
+            return memory.ram.words[node >> 3 : (node + page_size) >> 3]
+        page = memory.ram.view(memory.virt(node, page_size), page_size)
+        if not node & (page_size - 1):
+            self._mapped.add(node)
+        return page.view("<u8")
 
     def _children(self, node: int) -> tuple[list[int], list[int]]:
-        table = self._page(node).view("<u8")
-        used = table.nonzero()[0]
-        return used.tolist(), table[used].tolist()
+        return used_words(self._words(node))
 
     def _hang(self, symbol: str) -> KernelPanic:
         generation = self._memory.by(symbol)[0]
@@ -319,7 +344,7 @@ class KhoRadixTree:
                 found = self._entries(node, key, shifts[len(ways)])
                 ways.append(found)
             else:
-                found = runs_of_bits(self._page(node), key)
+                found = runs_of_bits(self._words(node), key)
                 if found:
                     yield found
             if node in seen or node & in_page:
@@ -340,9 +365,11 @@ class KhoRadixTree:
                 break
             if node not in mapped:
                 try:
-                    self._map(node, node)
+                    self._map(node)
                 except KernelPanic:
                     break  # when its turn comes
+                if node not in mapped:
+                    break  # no RAM there
             seen.add(node)
             taken.append(entries.pop())
         return taken
@@ -357,7 +384,9 @@ class KhoRadixTree:
         return np.insert(counts, at, 0), np.insert(firsts, at, nodes).astype(np.uint64)
 
     def _entries(self, node: int, start: int, shift: int) -> list[tuple[int, int]]:
-        indexes, children = self._children(node)
+        indexes, children = used_words(self._words(node))
+        if len(indexes) == 1:
+            return [(start | indexes[0] << shift, children[0])]
         indexes.reverse()
         children.reverse()
         return [(start | i << shift, child) for i, child in zip(indexes, children, strict=True)]
@@ -384,11 +413,11 @@ class KhoRadixTree:
         order = np.argsort(first_use, kind="stable")
         firsts = first_use[order]
         for slot, probe in zip(order.tolist(), keys[firsts].tolist(), strict=True):
-            leaf = self._make_leaf(probe, by)
+            leaf, _ = self._make_leaf(probe, by)
             if not leaf or leaf & (self._memory.arch.page_size - 1):
                 done = int(first_use[slot])
                 break
-            self._word_of(leaf, probe)
+            self._bit_of(leaf, probe)
             leaf_phys[slot] = leaf
         ram.note_writes(leaf_phys[leaf_phys > 0] >> self._memory.arch.page_shift, by)
         bits = keys[:done] & self._leaf_mask

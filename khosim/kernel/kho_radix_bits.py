@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("first_uses", "runs_of_bits", "runs_of_leaves", "set_bits")
+__all__ = ("first_uses", "runs_of_bits", "runs_of_leaves", "set_bits", "used_words")
 
 Numbers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -19,15 +19,22 @@ _SPARSE_WORDS = 16
 _NARROW = 1 << 22
 
 
-def runs_of_bits(bitmap: npt.NDArray[np.uint8], base: int) -> list[tuple[int, int]]:
+def used_words(words: Words) -> tuple[list[int], list[int]]:
+    """The indexes of the words that are not 0, ascending, and the words."""
+    if np.count_nonzero(words) == 1:  # most tables have one entry: this takes half the time
+        index = int(words.argmax())
+        return [index], [words.item(index)]
+    used = words.nonzero()[0]
+    return used.tolist(), words[used].tolist()
+
+
+def runs_of_bits(words: Words, base: int) -> list[tuple[int, int]]:
     """``(length, base | first bit)`` of each run of set bits, ascending.
 
-    ``bitmap`` is whole 64-bit words of bytes; ``base`` has no bit in common with a bit's number.
+    ``words`` is the bitmap, lowest bit first; ``base`` has no bit in common with a bit's number.
     """
-    words = bitmap.view("<u8")
-    used = words.nonzero()[0]
-    if len(used) <= _SPARSE_WORDS:
-        return list(_sparse_runs(used.tolist(), words[used].tolist(), base))
+    if np.count_nonzero(words) <= _SPARSE_WORDS:
+        return list(_sparse_runs(*used_words(words), base))
     counts, firsts, _ = runs_of_leaves(words.reshape(1, -1), np.array([base], dtype=np.int64))
     return list(zip(counts.tolist(), firsts.tolist(), strict=True))
 

@@ -13,6 +13,7 @@ overlapping reservations can come from here.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -23,6 +24,7 @@ from khosim.kernel.memblock_regions import (
     MEMBLOCK_NONE,
     MEMBLOCK_RSRV_NOINIT,
     NUMA_NO_NODE,
+    PHYS_ADDR_MAX,
     RegionArray,
 )
 
@@ -85,10 +87,23 @@ def reserve_many(memblock: Memblock, starts: Addresses, ends: Addresses, noinit:
 
 
 def _one_by_one(memblock: Memblock, starts: Addresses, ends: Addresses, noinit: bool) -> None:
+    # A block that meets nothing reserved, with room for it, ends as if it had come marked.
     # Where the array cannot grow, each block that needs a region of its own fails, and the kernel
     # searches all of memory again each time.
-    for start, end in zip(starts, ends, strict=True):
-        phys, size = int(start), int(end) - int(start)
+    array = memblock.reserved
+    flags = MEMBLOCK_RSRV_NOINIT if noinit else MEMBLOCK_NONE
+    for start, end in zip(map(int, starts), map(int, ends), strict=True):
+        phys, size = start, end - start
+        cnt = len(array.base)
+        if 0 < cnt <= array.max - 3 and phys < end <= PHYS_ADDR_MAX:
+            idx = bisect_right(array.end, phys)
+            if idx == cnt or array.base[idx] >= end:
+                array.insert_merged(idx, phys, end, NUMA_NO_NODE, flags)
+                if memblock.trace is not None:
+                    memblock.trace("memblock_reserve", (phys, size), 0)
+                    if noinit:
+                        memblock.trace("memblock_reserved_mark_noinit", (phys, size), 0)
+                continue
         error = memblock.memblock_reserve(phys, size)
         if noinit:
             error |= memblock.memblock_reserved_mark_noinit(phys, size)

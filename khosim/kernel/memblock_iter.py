@@ -82,23 +82,27 @@ def free_ranges(
     wanted = nid if numa_valid_node(nid) else NUMA_NO_NODE
     forbidden, needed = skip_masks(flags, movable_node)
     idx_a = idx_b = 0
-    while idx_a < memory.cnt:
+    while idx_a < len(memory.base):
         m_start, m_end = memory.base[idx_a], memory.end[idx_a]
-        if _skips(memory, idx_a, wanted, forbidden, needed):
+        m_flags, node = memory.flags[idx_a], memory.nid[idx_a]
+        if (
+            m_flags & forbidden
+            or m_flags & needed != needed
+            or (wanted != NUMA_NO_NODE and wanted != node)
+        ):
             idx_a += 1
             continue
         idx_b = max(idx_b, bisect_right(reserved.base, m_start))
-        if idx_b > reserved.cnt:
+        if idx_b > len(reserved.base):
             return
         r_start = reserved.end[idx_b - 1] if idx_b else 0
-        r_end = reserved.base[idx_b] if idx_b < reserved.cnt else PHYS_ADDR_MAX
+        r_end = reserved.base[idx_b] if idx_b < len(reserved.base) else PHYS_ADDR_MAX
         if r_start >= m_end:
             idx_a += 1
             continue
         if m_start >= r_end:
             idx_b += 1
             continue
-        node = memory.nid[idx_a]
         if m_end <= r_end:
             idx_a += 1
         else:
@@ -113,24 +117,28 @@ def free_ranges_reverse(
     wanted = nid if numa_valid_node(nid) else NUMA_NO_NODE
     forbidden, needed = skip_masks(flags, movable_node)
     idx_a = memory.cnt - 1
-    idx_b = reserved.cnt
+    idx_b = len(reserved.base)
     while idx_a >= 0:
         m_start, m_end = memory.base[idx_a], memory.end[idx_a]
-        if _skips(memory, idx_a, wanted, forbidden, needed):
+        m_flags, node = memory.flags[idx_a], memory.nid[idx_a]
+        if (
+            m_flags & forbidden
+            or m_flags & needed != needed
+            or (wanted != NUMA_NO_NODE and wanted != node)
+        ):
             idx_a -= 1
             continue
         idx_b = min(idx_b, bisect_left(reserved.end, m_end))
         if idx_b < 0:
             return
         r_start = reserved.end[idx_b - 1] if idx_b else 0
-        r_end = reserved.base[idx_b] if idx_b < reserved.cnt else PHYS_ADDR_MAX
+        r_end = reserved.base[idx_b] if idx_b < len(reserved.base) else PHYS_ADDR_MAX
         if r_end <= m_start:
             idx_a -= 1
             continue
         if m_end <= r_start:
             idx_b -= 1
             continue
-        node = memory.nid[idx_a]
         if m_start >= r_start:
             idx_a -= 1
         else:

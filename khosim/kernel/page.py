@@ -65,7 +65,8 @@ class Folio:
     def write(self, offset: int, data: bytes, *, by: str = "user") -> None:
         """Store ``data`` at ``offset`` bytes into the folio."""
         self._check(offset, len(data))
-        self.kernel.ram.write(self.phys + offset, data, self.kernel.by(by))
+        kernel = self.kernel
+        kernel.ram.write((self.pfn << kernel.arch.page_shift) + offset, data, kernel.by(by))
 
     def read(self, offset: int, len_bytes: int) -> bytes:
         """``len_bytes`` bytes from ``offset``."""
@@ -86,5 +87,6 @@ class Folio:
 
     def _check(self, offset: int, len_bytes: int) -> None:
         self.kernel.check_alive()
-        if offset < 0 or len_bytes < 0 or offset + len_bytes > self.len_bytes:
+        room = self.kernel.arch.page_size << self.order
+        if offset < 0 or len_bytes < 0 or offset + len_bytes > room:
             raise RamFault(self.phys + offset, len_bytes, f"outside of {self!r}")

@@ -97,7 +97,8 @@ class PageAllocator(ZoneLayout):
         """
         if self.fail is not None and self.fail(order, owner):
             return None
-        choice = self.policy.choose(self.zonelist(nid, this_node), order, movable)
+        zones = self._zonelists.get((nid, this_node)) or self.zonelist(nid, this_node)
+        choice = self.policy.choose(zones, order, movable)
         if choice is None:
             return None
         zone, migratetype, found, block_pfn, pfn = choice
@@ -106,7 +107,8 @@ class PageAllocator(ZoneLayout):
             migratetype = self._claim(migratetype, movable, block_pfn, 1 << found)
         if found > order:
             zone.expand(migratetype, block_pfn, found, order, pfn)
-        self.pages.set(pfn, pfn + (1 << order), self._state(order, compound, owner))
+        state = self._states.get((order, compound, owner)) or self._state(order, compound, owner)
+        self.pages.set(pfn, pfn + (1 << order), state)
         return pfn
 
     def _claim(self, migratetype: int, movable: bool, pfn: int, nr_pages: int) -> int:
@@ -115,6 +117,11 @@ class PageAllocator(ZoneLayout):
             migratetype = MOVABLE if movable else UNMOVABLE
             self.pageblocks.set(pfn, pfn + nr_pages, migratetype)
         return migratetype
+
+    @property
+    def bulk_is_exact(self) -> bool:
+        """Whether :meth:`alloc_pages_bulk` gives the very pages that single calls would."""
+        return isinstance(self.policy, LinuxPolicy)
 
     def alloc_pages_bulk(
         self,
@@ -146,7 +153,9 @@ class PageAllocator(ZoneLayout):
                 break
             zone, migratetype, found, pfn, _ = choice
             extra = found - order
-            count = min(left, policy.steadiness(choice, order, movable))
+            count = left
+            if movable or migratetype != UNMOVABLE:
+                count = min(left, policy.steadiness(choice, order, movable))
             if found == zone.max_order and count >> extra:
                 pfn, nr_taken = zone.pop_max_run(migratetype, count >> extra)
                 self._claim(migratetype, movable, pfn, nr_taken << found)
@@ -160,7 +169,11 @@ class PageAllocator(ZoneLayout):
             taken.append((pfn, count))
             left -= count
         state = self._state(order, compound, owner)
-        self.pages.add_many([(pfn, pfn + (count << order), state) for pfn, count in taken])
+        if len(taken) == 1:
+            pfn, count = taken[0]
+            self.pages.set(pfn, pfn + (count << order), state)
+        else:
+            self.pages.add_many([(pfn, pfn + (count << order), state) for pfn, count in taken])
         return taken
 
     def _alloc_in_chunks(

@@ -115,24 +115,22 @@ class PageMap:
             return
         starts, ends, states = self._starts, self._ends, self._states
         i = bisect_left(starts, start_pfn)
-        # Fast path: no overlap, which is what an allocation always finds.
-        if (i == 0 or ends[i - 1] <= start_pfn) and (i == len(starts) or starts[i] >= end_pfn):
-            joins_left = i > 0 and ends[i - 1] == start_pfn and states[i - 1] == state
-            joins_right = i < len(starts) and starts[i] == end_pfn and states[i] == state
-            if joins_left and joins_right:
+        if (i and ends[i - 1] > start_pfn) or (i < len(starts) and starts[i] < end_pfn):
+            self.clear(start_pfn, end_pfn)
+            i = bisect_left(starts, start_pfn)
+        joins_right = i < len(starts) and starts[i] == end_pfn and states[i] == state
+        if i and ends[i - 1] == start_pfn and states[i - 1] == state:
+            if joins_right:
                 ends[i - 1] = ends[i]
                 del starts[i], ends[i], states[i]
-            elif joins_left:
-                ends[i - 1] = end_pfn
-            elif joins_right:
-                starts[i] = start_pfn
             else:
-                starts.insert(i, start_pfn)
-                ends.insert(i, end_pfn)
-                states.insert(i, state)
-            return
-        self.clear(start_pfn, end_pfn)
-        self.set(start_pfn, end_pfn, state)
+                ends[i - 1] = end_pfn
+        elif joins_right:
+            starts[i] = start_pfn
+        else:
+            starts.insert(i, start_pfn)
+            ends.insert(i, end_pfn)
+            states.insert(i, state)
 
     def clear(self, start_pfn: int, end_pfn: int) -> None:
         """Forget pages ``[start_pfn, end_pfn)``: they go to the buddy allocator."""

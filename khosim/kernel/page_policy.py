@@ -60,6 +60,9 @@ class LinuxPolicy:
                     migratetype = second
                     found = zone.smallest(migratetype, order)
             else:
+                if order < zone.max_order and (exact := zone.free[UNMOVABLE][order]):
+                    pfn = next(iter(exact))
+                    return zone, UNMOVABLE, order, pfn, pfn
                 migratetype = UNMOVABLE
                 found = zone.smallest(UNMOVABLE, order)
             if found is None:
@@ -67,7 +70,8 @@ class LinuxPolicy:
                 if other is None:
                     continue
                 migratetype, found = other
-            pfn = zone.head(migratetype, found)
+            blocks = zone.max_blocks[migratetype]
+            pfn = next(iter(zone.free[migratetype][found] if found < zone.max_order else blocks))
             return zone, migratetype, found, pfn, pfn
         return None
 

@@ -52,11 +52,14 @@ class Pageblocks:
         if first == last:
             return [(start_pfn, end_pfn, self.type_of(start_pfn))]
         codes = self._codes[first : last + 1]
-        if len(codes) > _MANY and codes.min() == codes.max():
+        if len(codes) > _MANY:
+            alike = codes.min() == codes.max()
+        else:
+            raw = codes.tobytes()
+            alike = raw.count(raw[:1]) == len(raw)
+        if alike:
             return [(start_pfn, end_pfn, self.type_of(start_pfn))]
         changes = (codes[1:] != codes[:-1]).nonzero()[0]
-        if not len(changes):
-            return [(start_pfn, end_pfn, self.type_of(start_pfn))]
         cuts = ((changes + (first + 1)) << order).tolist()
         return [
             (start, end, self.type_of(start))

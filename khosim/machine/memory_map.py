@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from khosim.errors import InputError
@@ -162,13 +163,8 @@ class MemoryMap:
             raise InputError("nodes", f"{len(shares) + len(empty)} are more than {MAX_NODES}")
         if empty and not 0 <= empty[0] <= empty[-1] < MAX_NODES:
             raise InputError("memoryless nodes", f"{empty} are not from 0 to {MAX_NODES - 1}")
-        spans, fixed = _layout(total, arch)
-        entries = [Region(*part, RAM) for part in _punched(spans, list(holes), arch)] + fixed
-        ranges: list[NodeRange] = []
-        if len(shares) > 1 or empty:
-            nids = [nid for nid in range(MAX_NODES) if nid not in empty]
-            ranges = _node_ranges(total, shares, nids, arch)
-        return cls(tuple(sorted(entries)), tuple(ranges), arch, tuple(empty))
+        punched = tuple((start, end) for start, end in holes)
+        return _laid_out(total, tuple(shares), arch, punched, tuple(empty))
 
     def to_dict(self) -> dict[str, Any]:
         """The map as plain lists and strings, for JSON."""
@@ -190,6 +186,24 @@ class MemoryMap:
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError("memory map", f"not as khosim describes one: {error!r}") from None
         return cls(entries, ranges, arch, online)
+
+
+# Property tests ask for the same few machines thousands of times a second.
+@lru_cache(maxsize=64)
+def _laid_out(
+    total: int,
+    shares: tuple[int, ...],
+    arch: str,
+    holes: tuple[tuple[int, int], ...],
+    empty: tuple[int, ...],
+) -> MemoryMap:
+    spans, fixed = _layout(total, arch)
+    entries = [Region(*part, RAM) for part in _punched(spans, holes, arch)] + fixed
+    ranges: list[NodeRange] = []
+    if len(shares) > 1 or empty:
+        nids = [nid for nid in range(MAX_NODES) if nid not in empty]
+        ranges = _node_ranges(total, shares, nids, arch)
+    return MemoryMap(tuple(sorted(entries)), tuple(ranges), arch, empty)
 
 
 def _check_ram_bytes(place: str, ram_bytes: int, least: int) -> None:
@@ -233,7 +247,7 @@ def _layout(total: int, arch: str) -> tuple[list[tuple[int, int]], list[Region]]
 
 
 def _punched(
-    spans: list[tuple[int, int]], holes: list[tuple[int, int]], arch: str
+    spans: list[tuple[int, int]], holes: tuple[tuple[int, int], ...], arch: str
 ) -> list[tuple[int, int]]:
     for start, end in holes:
         if not 0 <= start < end:
@@ -275,7 +289,9 @@ def _node_sizes(total: int, nodes: int | Sequence[int | str]) -> list[int]:
     return sizes
 
 
-def _node_ranges(total: int, sizes: list[int], nids: list[int], arch: str) -> list[NodeRange]:
+def _node_ranges(
+    total: int, sizes: tuple[int, ...], nids: list[int], arch: str
+) -> list[NodeRange]:
     """Node sizes laid end to end over RAM as it stands around the holes of the platform."""
     if arch == "arm64":
         windows = [(_ARM64_BASE, 0, total)]

@@ -47,6 +47,7 @@ class Ram:
     access outside raises :class:`RamFault`; a length of 0 is always fine inside or at the end.
     Every writing call takes ``by``, the writer to remember for the pages it reaches.
 
+    ``words`` is all of it as 64-bit numbers, for code that reads many and has checked where.
     ``data`` is the array itself, rounded up to whole pages, for vectorised code: call
     :meth:`note_writes` or :meth:`writable` for what you are going to write, and then write.
     """
@@ -69,6 +70,7 @@ class Ram:
         "page_shift",
         "page_size",
         "size_bytes",
+        "words",
     )
 
     def __init__(self, size_bytes: int, *, page_size: int = 4096) -> None:
@@ -93,6 +95,7 @@ class Ram:
         self._mv = memoryview(mapping)
         self._u64 = self._mv.cast("Q")
         self._u32 = self._mv.cast("I")
+        self.words = self._ro.view("<u8")
         self._backing = Backing(mapping, self.data, self._mv, self.page_shift)
         self._shadow = WriterShadow()
         self._pages = self._shadow.pages
@@ -244,10 +247,8 @@ class Ram:
             self._by = None
             for start, stop in touched:
                 self._backing.zero_pages(start, stop)
-        else:
-            stamp = self._shadow.page_stamp(by, False)
-            for pfn in range(first, last):
-                self._zero_page(pfn, stamp)
+        elif first < last:
+            self._zero_pages(first, last, by)
         if last << self.page_shift < end:
             self._zero_part(last << self.page_shift, end, by)
 
@@ -404,13 +405,16 @@ class Ram:
                 self._undo.save_page(pfn)
             self._pages[pfn] = self._stamp
 
-    def _zero_page(self, pfn: int, stamp: Stamp) -> None:
-        if self._undo is not None:
-            self._undo.save_page(pfn)
-        if self._shadow.touched(pfn):
-            start = pfn << self.page_shift
-            self.data[start : start + self.page_size] = 0
-        self._pages[pfn] = stamp
+    def _zero_pages(self, first: int, last: int, by: By) -> None:
+        shadow, pages = self._shadow, self._pages
+        stamp = shadow.page_stamp(by, False)
+        for pfn in range(first, last):
+            if self._undo is not None:
+                self._undo.save_page(pfn)
+            if shadow.touched(pfn):
+                start = pfn << self.page_shift
+                self.data[start : start + self.page_size] = 0
+            pages[pfn] = stamp
 
     def _zero_part(self, start: int, end: int, by: By) -> None:
         """Zero [start, end) inside one page."""
@@ -418,7 +422,7 @@ class Ram:
             return
         pfn = start >> self.page_shift
         if not self._shadow.touched(pfn):
-            self._zero_page(pfn, self._shadow.page_stamp(by, False))
+            self._zero_pages(pfn, pfn + 1, by)
             return
         self._note(start, end - start, by)
         self.data[start:end] = 0

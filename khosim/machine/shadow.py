@@ -24,6 +24,7 @@ import numpy as np
 __all__ = ("RunMap", "Stamp", "Writer", "WriterShadow")
 
 _DIRECT_PAGES = 32  # up to here, looking at each page beats setting up arrays
+_FEW_PAGES = 256  # a dict of so many is searched faster without arrays, if little is found
 
 
 class Writer(NamedTuple):
@@ -150,14 +151,24 @@ class WriterShadow:
 
     def touched(self, pfn: int) -> bool:
         """Whether the page was written and not zeroed since."""
-        stamp = self.stamp_of(pfn)
+        # stamp_of, without its calls: every page that is zeroed asks.
+        stamp = self.pages.get(pfn)
+        runs = self.runs
+        index = bisect_right(runs.starts, pfn) - 1
+        if index >= 0 and pfn < runs.ends[index]:
+            run_stamp = runs.values[index]
+            if stamp is None or stamp[0] < run_stamp[0]:
+                return run_stamp[2]
         return stamp is not None and stamp[2]
 
     def _known_pages(self, first: int, end: int) -> tuple[_I64, Iterable[Stamp]]:
         """The frames of [first, end) that the dict knows, in no order, and their stamps."""
         pages = self.pages
-        if end - first < len(pages):
-            known = [pfn for pfn in range(first, end) if pfn in pages]
+        if end - first < len(pages) or len(pages) < _FEW_PAGES:
+            if end - first < len(pages):
+                known = [pfn for pfn in range(first, end) if pfn in pages]
+            else:
+                known = [pfn for pfn in pages if first <= pfn < end]
             return np.array(known, dtype=np.int64), map(pages.__getitem__, known)
         pfn = np.fromiter(pages, dtype=np.int64, count=len(pages))
         inside = (pfn >= first) & (pfn < end)

@@ -11,6 +11,7 @@ read beyond the end of the buffer reads as ``-FDT_ERR_TRUNCATED``.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from struct import Struct
 
 from khosim.abi.fdt.errors import (
@@ -111,6 +112,7 @@ def as_view(buf: Buffer) -> memoryview:
     return buf if buf.__class__ is memoryview else memoryview(buf)
 
 
+@lru_cache(maxsize=256)
 def c_string(name: Name) -> bytes:
     """``name`` as C would see it: bytes up to the first NUL."""
     if isinstance(name, str):
