@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from khosim.abi import fdt
@@ -182,49 +183,48 @@ class KhoIn:
             self.fdt_phys = 0
             return
         runs: list[tuple[int, int, int]] = []
-        struct_pages_exist = self._kernel.struct_pages_exist
+        missing_from = self._kernel.first_missing_struct_page
         shift = self._kernel.arch.page_shift
         for nr_keys, key in self.tree.walk():
-            if nr_keys:
-                for run in self._decode_run(key, nr_keys):
-                    phys, order, nr_blocks = run
-                    if not 0 <= order <= _MAX_ORDER or not struct_pages_exist(
-                        phys >> shift, nr_blocks << order
-                    ):
-                        self._check_hostile(phys, order, nr_blocks)
-                    runs.append(run)
+            if not nr_keys:
+                continue
+            if (key + nr_keys - 1).bit_length() == key.bit_length():
+                decoded = [(*kho_decode_radix_key(key, shift), nr_keys)]
+            else:  # across an order: no neighbours
+                each = (kho_decode_radix_key(one, shift) for one in range(key, key + nr_keys))
+                decoded = [(phys, order, 1) for phys, order in each]
+            for phys, order, nr_blocks in decoded:
+                pfn = phys >> shift
+                if (
+                    not 0 <= order <= _MAX_ORDER
+                    or missing_from(pfn, pfn + (nr_blocks << order)) is not None
+                ):
+                    self._check_hostile(phys, order, nr_blocks)
+            runs += decoded
         self._reserve(runs)
-
-    def _decode_run(self, key: int, nr_keys: int) -> list[tuple[int, int, int]]:
-        # (phys, order, blocks); consecutive keys are neighbours unless they cross an order.
-        shift = self._kernel.arch.page_shift
-        if (key + nr_keys - 1).bit_length() == key.bit_length():
-            phys, order = kho_decode_radix_key(key, shift)
-            return [(phys, order, nr_keys)]
-        decoded = (kho_decode_radix_key(one, shift) for one in range(key, key + nr_keys))
-        return [(phys, order, 1) for phys, order in decoded]
 
     def _reserve(self, runs: list[tuple[int, int, int]]) -> None:
         # kho_preserved_memory_reserve for every key, in the walk's order.
         kernel = self._kernel
         shift = kernel.arch.page_shift
-        starts, ends = [], []
-        plain: list[tuple[int, int, PageState]] = []
+        states = {order: self._state(order) for order in {run[1] for run in runs}}
+        plain = [
+            (phys >> shift, (phys >> shift) + (nr_blocks << order), states[order])
+            for phys, order, nr_blocks in runs
+        ]
+        starts = [phys for phys, _, _ in runs]
+        ends = [end_pfn << shift for _, end_pfn, _ in plain]
+        kernel.memblock.memblock_reserve_many(starts, ends)
+        by_start = sorted(plain, key=itemgetter(0))
         covered_to = -1
         overlapping = False
-        for phys, order, nr_blocks in runs:
-            pfn = phys >> shift
-            end_pfn = pfn + (nr_blocks << order)
-            starts.append(phys)
-            ends.append(end_pfn << shift)
-            plain.append((pfn, end_pfn, self._state(order)))
-        kernel.memblock.memblock_reserve_many(starts, ends)
-        by_start = sorted(plain, key=lambda run: run[0])
         for start_pfn, end_pfn, _ in by_start:
-            overlapping |= start_pfn < covered_to
-            covered_to = max(covered_to, end_pfn)
+            if start_pfn < covered_to:
+                overlapping = True
+                break
+            covered_to = end_pfn
         if not overlapping:
-            kernel.pages.pages.add_many(plain)
+            kernel.pages.pages.add_many(by_start)
         else:
             # Blocks of a hostile tree. Keys come with falling orders, so the head of an older block
             # is one of the newer as well where both hold its page: the newer just wins.

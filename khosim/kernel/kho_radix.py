@@ -56,7 +56,8 @@ def key_base(order: int, page_shift: int) -> int:
 
 def kho_encode_radix_key(phys: int, order: int, page_shift: int) -> int:
     """``kho_encode_radix_key``: one number for a block's address (bytes) and order."""
-    return key_base(order, page_shift) | (phys >> (page_shift + order))
+    shift = page_shift + order
+    return (1 << (64 - shift) if shift <= 64 else 0) | phys >> shift
 
 
 def kho_decode_radix_key(key: int, page_shift: int) -> tuple[int, int]:
@@ -223,10 +224,13 @@ class KhoRadixTree:
         leaf, is_new = self._make_leaf(key, by)
         if not leaf:
             return -errno.ENOMEM
-        if is_new:  # its zeros need no look, for which the host would have to map the page first
-            at, word = leaf + ((key & self._leaf_mask) >> 6 << 3), 0
+        at = leaf + ((key & self._leaf_mask) >> 6 << 3)
+        if is_new:
+            word = 0  # without a look, for which the host would have to map the page first
+        elif leaf in self._mapped:
+            word = memory.ram.words.item(at >> 3)
         else:
-            at, word = self._bit_of(leaf, key)
+            word = self._read(leaf, at)
         memory.ram.write_u64(at, word | 1 << (key & 63), by)
         return 0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import NamedTuple
 
 __all__ = ("ALLOCATED", "INCOMING", "RESERVED", "PageMap", "PageRun", "PageState")
@@ -186,7 +187,7 @@ class PageMap:
             return
         merged = sorted(
             [*zip(self._starts, self._ends, self._states, strict=True), *runs],
-            key=lambda run: run[0],
+            key=itemgetter(0),
         )
         starts: list[int] = []
         ends: list[int] = []
