@@ -129,7 +129,7 @@ class Predecessor:
 
 
 class _Nodes:
-    """A kernel's :class:`~khosim.kernel.kho_radix.NodeMemory`: memblock, and the captured pages."""
+    """A :class:`~khosim.kernel.kho_radix_memory.NodeMemory`: memblock, and the captured pages."""
 
     def __init__(self, predecessor: Predecessor, memblock: Memblock | None) -> None:
         self.arch = predecessor.arch

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from khosim.errors import KernelPanic
-from khosim.kernel.arch import Arch
 from khosim.kernel.kho_radix_bits import (
     first_uses,
     runs_of_bits,
@@ -27,11 +25,10 @@ from khosim.kernel.kho_radix_bits import (
     set_bits,
     used_words,
 )
-from khosim.machine.ram import Ram
+from khosim.kernel.kho_radix_memory import NodeMemory
 
 __all__ = (
     "KhoRadixTree",
-    "NodeMemory",
     "Pfns",
     "key_base",
     "kho_decode_radix_key",
@@ -56,8 +53,7 @@ def key_base(order: int, page_shift: int) -> int:
 
 def kho_encode_radix_key(phys: int, order: int, page_shift: int) -> int:
     """``kho_encode_radix_key``: one number for a block's address (bytes) and order."""
-    shift = page_shift + order
-    return (1 << (64 - shift) if shift <= 64 else 0) | phys >> shift
+    return key_base(order, page_shift) | (phys >> (page_shift + order))
 
 
 def kho_decode_radix_key(key: int, page_shift: int) -> tuple[int, int]:
@@ -68,39 +64,6 @@ def kho_decode_radix_key(key: int, page_shift: int) -> tuple[int, int]:
     """
     shift = 65 - key.bit_length()
     return (key << (shift & 63)) & _U64, shift - page_shift
-
-
-class NodeMemory(Protocol):
-    """Where tree nodes come from and how a kernel reaches them."""
-
-    @property
-    def ram(self) -> Ram:
-        """The machine's memory."""
-
-    @property
-    def arch(self) -> Arch:
-        """Page size and depth of the tree."""
-
-    def kho_radix_alloc_node(self) -> int:
-        """A zeroed page's physical address, or 0."""
-
-    def kho_radix_alloc_nodes(self, nr_nodes: int) -> list[int]:
-        """As so many :meth:`kho_radix_alloc_node`; fewer where one of them would fail."""
-
-    def kho_radix_free_node(self, phys: int) -> None:
-        """Give back a page that :meth:`kho_radix_alloc_node` gave."""
-
-    def virt(self, phys: int, len_bytes: int) -> int:
-        """``phys_to_virt`` and a first access: ``phys`` again, or a panic where nothing is."""
-
-    def warn(self, message: str) -> None:
-        """``WARN``: a line of the kernel log."""
-
-    def warn_once(self, message: str, where: str) -> None:
-        """``WARN_ON_ONCE``: a line of the kernel log, once for each ``where``."""
-
-    def by(self, symbol: str) -> tuple[int, str]:
-        """The writer tag of a kernel function: (generation, symbol)."""
 
 
 class KhoRadixTree:

@@ -13,7 +13,8 @@ import struct
 from collections.abc import Callable, Iterator
 
 from khosim.kernel.arch import Arch
-from khosim.kernel.kho_radix import KhoRadixTree, NodeMemory, kho_decode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
+from khosim.kernel.kho_radix_memory import NodeMemory
 from khosim.kernel.memblock import Memblock
 from khosim.kernel.release import Release
 from khosim.machine.ram import Ram
