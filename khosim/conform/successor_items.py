@@ -26,7 +26,7 @@ from khosim.conform.jump import Jump, captured_ram, load_image
 from khosim.conform.log_items import kho_lines, preserved_lines
 from khosim.conform.rebuild_fdt import first_difference
 from khosim.conform.sizes import Sizes, read_sizes
-from khosim.errors import InputError, KernelError, KernelPanic, RamFault
+from khosim.errors import InputError, KernelError, KernelPanic, KhoSimError, RamFault
 from khosim.inspect.memory import Memory, inspect_memory
 from khosim.inspect.source import RamReader
 from khosim.kernel.boot import boot
@@ -72,7 +72,7 @@ def successor_items(capture: Capture, before: Held, after: CapturedGeneration) -
     reserved: list[tuple[int, int]] = []
 
     def listen(event: Event) -> None:
-        if event.phase == "kho_memory_init" and {"phys", "order"} <= event.args.keys():
+        if event.phase == "kho_memory_init" and {"phys", "order", "nr_blocks"} <= event.args.keys():
             reserved.extend(_blocks(event.args, handover.page_size))
 
     jump = Jump(capture, before.generation, before, after)
@@ -102,7 +102,7 @@ _SHOWN_NEEDS = (*_NEEDS, f"out/{KHO_METADATA_NODE_NAME}")
 
 
 def _blocks(args: dict[str, Any], page_size: int) -> list[tuple[int, int]]:
-    phys, order, count = int(args["phys"]), int(args["order"]), int(args.get("nr_blocks", 1))
+    phys, order, count = int(args["phys"]), int(args["order"]), int(args["nr_blocks"])
     size = page_size << order
     return [(start, start + size) for start in range(phys, phys + count * size, size)]
 
@@ -316,39 +316,52 @@ def predecessor_items(capture: Capture, generation: CapturedGeneration) -> Itera
             why = [line for line in kernel.messages if line.startswith("KHO: ")]
             yield unknown(name, f"KHO is off: {why[-1] if why else 'nobody turned it on'}")
             return
-        nr_blocks = _hand_over(kernel, image, sizes.initrd_bytes, cmdline)
+        folios, has_blob = _hand_over(kernel, image, sizes.initrd_bytes, cmdline)
         memory = Memory("", "simulated", RamReader(hardware.ram), capture.page_size)
         report = inspect_memory(memory, fdt_phys=kernel.kho_out.fdt_phys)
         successor = boot(hardware, 1)
     except InputError as error:
         yield unknown(name, str(error))
         return
-    except (KernelError, KernelPanic, RamFault) as error:
+    except KhoSimError as error:
         yield Item(name, False, 0, 1, (f"{error}",))
         return
     found = [f"{one.path}: {one.found}" for one in report.damage]
     blocks = dict(expand(report.handover.preserved))
-    found += [f"{phys:#x}: not in the map" for phys in nr_blocks if phys not in blocks]
+    found += [f"{phys:#x}: not in the map" for phys in folios if phys not in blocks]
     blob = report.handover.subtrees.get("conform")
-    if blob is None or hardware.ram.read(*blob) != _BLOB:
+    if has_blob and (blob is None or hardware.ram.read(*blob) != _BLOB):
         found.append("the blob is not what was written")
-    total = len(nr_blocks) + 1
+    total = len(folios) + has_blob
     note = f"{len(blocks)} blocks, read by the checkers"
     yield Item.counted(f"{name}: inspected", max(0, total - len(found)), total, found, note=note)
     found = [] if successor.kho_in.fdt_phys else ["its successor boots without it"]
     yield Item.counted(f"{name}: taken over", not found, 1, found)
 
 
-def _hand_over(kernel: Kernel, image: KernelImage, initrd: int, cmdline: str) -> list[int]:
-    """Folios of all orders, one blob, and the jump; returns the folios' addresses."""
+def _hand_over(
+    kernel: Kernel, image: KernelImage, initrd: int, cmdline: str
+) -> tuple[list[int], bool]:
+    """Folios of all orders, one blob, and the jump: the folios' addresses, and whether of a blob.
+
+    Releases that lack ``kho_alloc_preserve`` leave subtrees to the kernel's own users.
+    """
     held = []
     for order in range(kernel.arch.max_page_order):
         folio = kernel.alloc_folio(order, owner="conform")
         kernel.kho_preserve_folio(folio)
         held.append(folio.phys)
-    blob = kernel.kho_alloc_preserve(len(_BLOB))
-    blob.write(0, _BLOB)
-    kernel.kho_add_subtree("conform", blob.phys, len(_BLOB))
+    has_blob = True
+    try:
+        blob = kernel.kho_alloc_preserve(len(_BLOB))
+        blob.write(0, _BLOB)
+        kernel.kho_add_subtree("conform", blob.phys, len(_BLOB))
+    except (KernelError, KernelPanic):
+        raise
+    except KhoSimError:
+        has_blob = False
+    if hasattr(kernel, "finalize"):
+        kernel.finalize()
     kimage = kernel.kexec_file_load(image, initrd_bytes=initrd, cmdline=cmdline)
     kernel.kernel_kexec(kimage)
-    return held
+    return held, has_blob
