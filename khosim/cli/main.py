@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "inspect": ("khosim.cli.inspect", "decode a real handover and say what is torn"),
     "bugs": ("khosim.cli.bugs", "the museum: bugs that were fixed, replayed"),
     "conform": ("khosim.cli.conform", "hold khosim against a real capture, item by item"),
+    "lab": ("khosim.cli.lab", "boot a real kernel in QEMU and capture its handovers"),
 }
 """Name of each subcommand: its module, and what it does in one line."""
 
