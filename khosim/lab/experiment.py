@@ -12,8 +12,10 @@ from khosim.lab.bzimage import BzImage, read_bzimage
 from khosim.lab.folder import check_target, write_capture
 from khosim.lab.initramfs import build_initramfs, compile_init
 from khosim.lab.machine import DEFAULT_CMDLINE, GuestMachine, find_qemu
+from khosim.lab.predecessor import Predecessor
 from khosim.lab.qemu import Qemu
 from khosim.lab.run import Generation, Lab
+from khosim.lab.stand_in import StandIn
 from khosim.lab.verdict import Item, verdict
 from khosim.units import parse_size
 
@@ -80,19 +82,26 @@ def run_experiment(experiment: Experiment, progress: Callable[[str], None]) -> O
     :class:`~khosim.lab.run.GuestTrouble` where the guest fails.
     """
     command = find_qemu()
+    machine, kernel = experiment.machine, experiment.kernel
+    predecessor = None
+    if experiment.predecessor == "khosim":
+        predecessor = Predecessor(machine.node_bytes, machine.cmdline)
+        machine = GuestMachine(machine.node_bytes, predecessor.cmdline)
     initramfs = build_initramfs(
         compile_init(),
-        experiment.kernel.data,
+        kernel.data,
         generations=experiment.handovers,
-        cmdline=experiment.machine.cmdline,
+        cmdline=machine.cmdline,
         size_bytes=experiment.initrd_bytes,
     )
-    progress(f"{experiment.kernel.path}: {experiment.kernel.version or 'a bzImage'}")
-    with Qemu(command, experiment.machine, experiment.kernel.path, initramfs) as qemu:
-        lab = Lab(qemu, experiment.kernel, timeout=experiment.timeout, progress=progress)
+    progress(f"{kernel.path}: {kernel.version or 'a bzImage'}")
+    first_cmdline = predecessor.first_cmdline if predecessor else machine.cmdline
+    with Qemu(command, machine, kernel.path, initramfs, first_cmdline) as qemu:
+        stand_in = StandIn(predecessor, qemu.ram, progress) if predecessor else None
+        lab = Lab(qemu, kernel, timeout=experiment.timeout, progress=progress, observer=stand_in)
         generations = lab.run(experiment.handovers)
         console = qemu.console.text.encode()
-    items = verdict(generations)
+    items = (stand_in.items if stand_in else []) + verdict(generations)
     write_capture(
         experiment.out,
         _facts(experiment, generations[0]),
@@ -111,4 +120,5 @@ def _facts(experiment: Experiment, first: Generation) -> dict[str, object]:
         "made_by": f"khosim lab {__version__}",
         "note": "handover.json was decoded by khosim from QEMU's memory at machine_kexec",
         "nodes": list(experiment.machine.node_bytes),
+        "predecessor": experiment.predecessor,
     }

@@ -67,7 +67,7 @@ class GuestMachine:
         console: Path,
         port: Path,
         gdb: Path,
-        cmdline: str | None = None,
+        cmdline: str,
     ) -> list[str]:
         """What QEMU is called with; ``console``, ``port`` and ``gdb`` are sockets that listen."""
         nodes = self.node_bytes
@@ -85,7 +85,7 @@ class GuestMachine:
         arguments += ["-nodefaults", "-display", "none", "-no-reboot", "-S"]
         arguments += ["-serial", "chardev:console", "-serial", "chardev:port"]
         arguments += ["-gdb", "chardev:gdb", "-kernel", str(kernel), "-initrd", str(initrd)]
-        return [*arguments, "-append", self.cmdline if cmdline is None else cmdline]
+        return [*arguments, "-append", cmdline]
 
 
 def _escaped(path: Path) -> str:

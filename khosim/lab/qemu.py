@@ -28,11 +28,14 @@ _SOCKETS = ("console", "port", "gdb")
 class Qemu:
     """Starts on entry, is gone on exit, with all of its files.
 
-    ``ram`` is the guest's memory, ``console`` what it said, ``gdb`` the stub. The guest is stopped
-    at its very first instruction until :meth:`GdbClient.resume`.
+    ``cmdline`` is that of the first kernel. ``ram`` is the guest's memory, ``console`` what it
+    said, ``gdb`` the stub. The guest is stopped at its very first instruction until
+    :meth:`GdbClient.resume`.
     """
 
-    def __init__(self, command: str, machine: GuestMachine, kernel: Path, initrd: bytes) -> None:
+    def __init__(
+        self, command: str, machine: GuestMachine, kernel: Path, initrd: bytes, cmdline: str
+    ) -> None:
         self._command = command
         self._machine = machine
         self._kernel = kernel
@@ -40,8 +43,7 @@ class Qemu:
         self._stack = contextlib.ExitStack()
         self.console = Console()
         self._reader = PortReader()
-        self.boot_cmdline: str | None = None
-        """The first kernel's command line, where it is not the machine's."""
+        self._cmdline = cmdline
 
     def __enter__(self) -> Qemu:
         try:
@@ -76,7 +78,7 @@ class Qemu:
             console=folder / "console",
             port=folder / "port",
             gdb=folder / "gdb",
-            cmdline=self.boot_cmdline,
+            cmdline=self._cmdline,
         )
         with open(folder / "errors", "wb") as errors:
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from khosim.errors import InputError, KhoSimError
 from khosim.inspect.memory import Memory, MemoryReport, inspect_memory
@@ -18,7 +19,7 @@ from khosim.lab.folder import GenerationFiles, plain_log
 from khosim.lab.guest_ram import RecordingReader
 from khosim.lab.qemu import Qemu
 
-__all__ = ("Generation", "GuestTrouble", "Lab", "RetrievedFile")
+__all__ = ("Generation", "GuestTrouble", "Lab", "Observer", "RetrievedFile")
 
 _PAGE = 4096
 _KERNEL_BASE = 0xFFFFFFFF80000000
@@ -69,6 +70,16 @@ class Generation:
         return self.files.name
 
 
+class Observer(Protocol):
+    """Whoever wants to look at the guest, or to change it, at these moments."""
+
+    def at_jump(self, generation: Generation, fdt_phys: int) -> None:
+        """The guest is stopped at ``machine_kexec``; ``fdt_phys`` is its root FDT's page."""
+
+    def when_up(self, generation: Generation) -> None:
+        """All of ``generation`` is known but its handover; its program waits."""
+
+
 class Lab:
     """Follows a guest from jump to jump. ``timeout`` is in seconds, for each generation."""
 
@@ -79,13 +90,13 @@ class Lab:
         *,
         timeout: float,
         progress: Callable[[str], None] = lambda line: None,
-        at_jump: Callable[[Generation, int], None] = lambda generation, fdt_phys: None,
+        observer: Observer | None = None,
     ) -> None:
         self._qemu = qemu
         self._kernel = kernel
         self._timeout = timeout
         self._progress = progress
-        self._at_jump = at_jump
+        self._observer = observer
         self._began = time.monotonic()
         self._pos_seals: dict[tuple[str, int], tuple[int, int]] = {}
 
@@ -119,6 +130,8 @@ class Lab:
             raise self._trouble(f"gen{index}: {cause}")
         seconds = time.monotonic() - self._began
         self._progress(f"gen{index}: Linux {generation.release} is up, {seconds:.1f} s")
+        if self._observer is not None:
+            self._observer.when_up(generation)
         return generation
 
     def _keep(self, generation: Generation, file: GuestFile) -> None:
@@ -162,7 +175,8 @@ class Lab:
             raise self._trouble(f"{generation.name}: stopped somewhere else than at machine_kexec")
         gdb.remove_breakpoint(entry)
         fdt_phys = self._root_fdt(generation)
-        self._at_jump(generation, fdt_phys)
+        if self._observer is not None:
+            self._observer.at_jump(generation, fdt_phys)
         self._read_handover(generation, fdt_phys)
         self._qemu.console.begin_generation()
         gdb.resume()
