@@ -52,7 +52,7 @@ class Experiment:
         predecessor: str,
     ) -> Experiment:
         """From the user's words; :class:`InputError` for the first that is wrong."""
-        if not 1 <= handovers <= _MAX_HANDOVERS:
+        if not (predecessor == "khosim") <= handovers <= _MAX_HANDOVERS:
             raise InputError("--generations", f"{handovers} is not from 1 to {_MAX_HANDOVERS}")
         machine = GuestMachine.of(
             memory, numa, DEFAULT_CMDLINE if cmdline is None else cmdline, append

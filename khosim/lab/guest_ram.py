@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from khosim.capture.mapped import MappedFile, MappedMemory, Segment
 from khosim.errors import RamFault
+from khosim.inspect.memory import SearchableReader
 
 __all__ = ("LOW_BYTES", "GuestRam", "RecordingReader", "layout")
 
@@ -96,7 +97,7 @@ class GuestRam:
 class RecordingReader:
     """A reader that notes which 4 KiB pages were read: those that a handover reaches."""
 
-    def __init__(self, inner: GuestRam) -> None:
+    def __init__(self, inner: SearchableReader) -> None:
         self._inner = inner
         self.pfns: set[int] = set()
 

@@ -43,11 +43,12 @@ class GuestTrouble(KhoSimError):
 
 @dataclass(frozen=True, slots=True)
 class RetrievedFile:
-    """A memfd that the guest got back: position, seals and content."""
+    """A memfd that the guest got back; ``pos`` and ``size`` in bytes."""
 
     pos: int
     seals: int
-    data: bytes
+    size: int
+    sha256: str
 
 
 @dataclass(slots=True)
@@ -98,14 +99,13 @@ class Lab:
         self._progress = progress
         self._observer = observer
         self._began = time.monotonic()
-        self._pos_seals: dict[tuple[str, int], tuple[int, int]] = {}
 
     def run(self, handovers: int) -> list[Generation]:
         """All generations, ``handovers`` + 1 of them; :class:`GuestTrouble` where one fails."""
         self._qemu.gdb.resume()
         generations = []
         for index in range(handovers + 1):
-            generation = self._boot(index)
+            generation = self._boot(index, handovers)
             generations.append(generation)
             if index < handovers:
                 self._jump(generation)
@@ -114,7 +114,7 @@ class Lab:
 
     # -- one generation ---------------------------------------------------------------------------
 
-    def _boot(self, index: int) -> Generation:
+    def _boot(self, index: int, handovers: int) -> Generation:
         self._begin()
         self._progress(f"gen{index}: booting")
         generation = Generation(index, GenerationFiles(f"gen{index}"))
@@ -125,9 +125,8 @@ class Lab:
                 break
             else:
                 self._note(generation, event.key, event.text)
-        if "kho/out/scratch_phys" not in generation.files.files:
-            cause = "no kho/out in debugfs: no KHO (kho=on?) or no CONFIG_KEXEC_HANDOVER_DEBUGFS"
-            raise self._trouble(f"gen{index}: {cause}")
+        if index < handovers and "kho/out/scratch_phys" not in generation.files.files:
+            raise self._trouble(f"gen{index}: {_no_kho(generation)}")
         seconds = time.monotonic() - self._began
         self._progress(f"gen{index}: Linux {generation.release} is up, {seconds:.1f} s")
         if self._observer is not None:
@@ -135,12 +134,6 @@ class Lab:
         return generation
 
     def _keep(self, generation: Generation, file: GuestFile) -> None:
-        if file.name.startswith("luo/"):
-            _, session, token = file.name.split("/")
-            key = session, int(token, 0)
-            pos, seals = self._pos_seals.get(key, (0, 0))
-            generation.retrieved[key] = RetrievedFile(pos, seals, file.data)
-            return
         data = plain_log(file.data) if file.name == "dmesg" else file.data
         generation.files.files[file.name] = data
 
@@ -156,8 +149,9 @@ class Lab:
         elif key == "SYMBOL" and len(words) == 2:
             generation.symbols[words[0]] = int(words[1], 0)
         elif key == "FILE" and len(words) == 6:
-            place = words[0], int(words[1], 0)
-            self._pos_seals[place] = int(words[3]), int(words[5], 0)
+            session, token, pos, seals, size, digest = words
+            got = RetrievedFile(int(pos), int(seals, 0), int(size), digest)
+            generation.retrieved[session, int(token, 0)] = got
         elif key == "NOTE":
             generation.notes.append(text)
 
@@ -249,3 +243,10 @@ class Lab:
         if said is not None:
             finding = f"{finding}: {said}"
         return GuestTrouble(finding, self._qemu.console.tail())
+
+
+def _no_kho(generation: Generation) -> str:
+    log = generation.files.files.get("dmesg", b"").decode("utf-8", "replace")
+    said = [line for line in log.splitlines() if "KHO: " in line]
+    cause = "no kho/out in debugfs, so no KHO (kho=on, CONFIG_KEXEC_HANDOVER_DEBUGFS?)"
+    return f"{cause}; {said[-1].strip()}" if said else cause

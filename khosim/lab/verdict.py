@@ -22,6 +22,7 @@ _RESERVE = re.compile(
     r"(?:kho_preserved_memory_reserve|kho_mem_deserialize)\+"
 )
 _MAX_BLOCKS = 1 << 22
+_EMPTY = hashlib.sha256().hexdigest()
 
 
 class Item(NamedTuple):
@@ -99,11 +100,9 @@ def _files(report: MemoryReport, new: Generation) -> Item | None:
             got = new.retrieved.get((session.name, file.token))
             if got is None:
                 continue
-            digest = hashlib.sha256(got.data).hexdigest()
-            wanted = file.memfd.sha256 or hashlib.sha256(b"").hexdigest()
             same += (
-                digest == wanted
-                and (len(got.data), got.pos) == (file.memfd.size, file.memfd.pos)
-                and got.seals & file.memfd.seals == file.memfd.seals
+                got.sha256 == (file.memfd.sha256 or _EMPTY)
+                and (got.size, got.pos) == (file.memfd.size, file.memfd.pos)
+                and got.seals == file.memfd.seals
             )
     return Item(new.name, "memfds read back", same == total, f"{same} of {total}")
