@@ -1,8 +1,9 @@
 """What khosim's kernel preserves for a real successor.
 
-Regions of ``reserve_mem=`` with content, folios of every order, a run of pages, and the subtree of
-the kernel's own test module (``lib/test_kho.c`` @ 7.3): a kernel that has it built in restores the
-folios from the vmalloc area that lists them and compares their checksum.
+Regions of ``reserve_mem=`` with content, live update sessions with the memfds that the guest's
+program asks for, a run of pages, and the subtree of the kernel's own test module
+(``lib/test_kho.c`` @ 7.3) with folios of every order: a kernel that has it built in restores them
+from the vmalloc area that lists them and compares their checksum.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import numpy as np
 
 from khosim.abi import fdt
 from khosim.abi.kho_vmalloc import pack_kho_vmalloc
+from khosim.abi.memfd import F_SEAL_GROW, F_SEAL_SHRINK
 from khosim.errors import KhoSimError
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.kho_vmalloc import KhoVmallocSlot, kho_preserve_vmalloc
+from khosim.kernel.liveupdate.luo_session import Session
+from khosim.kernel.memfd import memfd
 from khosim.kernel.vmalloc import vmalloc
 
-__all__ = ("Belongings", "csum_partial", "fill_kernel")
+__all__ = ("Belongings", "LeftFile", "csum_partial", "fill_kernel")
 
 _TEST_NAME = "kho_test"
 _TEST_COMPATIBLE = "kho-test-v1"
@@ -29,10 +33,29 @@ _RUN_PAGES = 11
 _U32 = (1 << 32) - 1
 
 
+_FILES = (
+    ("vm-a", 0x10, 12411, 0),
+    ("vm-a", 0x11, 2 << 20, 0),
+    ("vm-b", 0xDEADBEEF, 1, F_SEAL_SHRINK | F_SEAL_GROW),
+    ("vm-b", 0x7, 0, 0),
+    ("vm-b", 0x8, 256 << 10, 0),
+)
+"""Session, token, bytes and seals: the table of ``init.c``, which asks for these files."""
+
+
+class LeftFile(NamedTuple):
+    """A memfd as khosim left it, ``pos`` in bytes."""
+
+    pos: int
+    seals: int
+    content: bytes
+
+
 class Belongings(NamedTuple):
-    """Content by region: (start, bytes) of each ``reserve_mem`` name."""
+    """Content: (start, bytes) of each ``reserve_mem`` name, a file for each session and token."""
 
     regions: dict[str, tuple[int, bytes]]
+    files: dict[tuple[str, int], LeftFile]
 
 
 def fill_kernel(kernel: Kernel, seed: int) -> Belongings:
@@ -46,7 +69,8 @@ def fill_kernel(kernel: Kernel, seed: int) -> Belongings:
     run = kernel.alloc_pages_exact(_RUN_PAGES)
     kernel.kho_preserve_pages(run, _RUN_PAGES)
     _test_module(kernel, random)
-    return Belongings(regions)
+    files = _sessions(kernel, random) if kernel.liveupdate.enabled else {}
+    return Belongings(regions, files)
 
 
 def csum_partial(data: bytes) -> int:
@@ -56,6 +80,25 @@ def csum_partial(data: bytes) -> int:
     while total > _U32:
         total = (total & _U32) + (total >> 32)
     return total
+
+
+def _sessions(
+    kernel: Kernel, random: np.random.Generator
+) -> dict[tuple[str, int], LeftFile]:
+    sessions: dict[str, Session] = {}
+    left: dict[tuple[str, int], LeftFile] = {}
+    for name, token, size, seals in _FILES:
+        if name not in sessions:
+            sessions[name] = kernel.liveupdate.create_session(name)
+        content = random.bytes(size)
+        file = memfd(kernel, "lab", size=size)
+        file.write(0, content)
+        file.lseek(size // 2)
+        if seals:
+            file.add_seals(seals)
+        sessions[name].preserve(file, token)
+        left[name, token] = LeftFile(size // 2, seals, content)
+    return left
 
 
 def _test_module(kernel: Kernel, random: np.random.Generator) -> None:

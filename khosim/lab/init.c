@@ -551,7 +551,9 @@ int main(void)
 	device = open("/dev/liveupdate", O_RDWR);
 	if (device < 0)
 		say(":NOTE no /dev/liveupdate: %s", strerror(errno));
-	else if (generation > 0)
+	else
+		say(":LIVEUPDATE");
+	if (device >= 0 && generation > 0)
 		retrieve(device);
 	if (generation == atoi(setting(conf, "generations"))) {
 		say(":DONE");

@@ -60,6 +60,7 @@ class Generation:
     release: str = ""
     arch: str = ""
     page_size: int = 0
+    has_liveupdate: bool = False
     symbols: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     retrieved: dict[tuple[str, int], RetrievedFile] = field(default_factory=dict)
@@ -152,6 +153,8 @@ class Lab:
             session, token, pos, seals, size, digest = words
             got = RetrievedFile(int(pos), int(seals, 0), int(size), digest)
             generation.retrieved[session, int(token, 0)] = got
+        elif key == "LIVEUPDATE":
+            generation.has_liveupdate = True
         elif key == "NOTE":
             generation.notes.append(text)
 

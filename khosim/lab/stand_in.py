@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from hashlib import sha256
 
 from khosim.checks.decode_fdt import parse_fdt
 from khosim.lab.guest_ram import GuestRam
 from khosim.lab.predecessor import Handed, Predecessor
-from khosim.lab.run import Generation
+from khosim.lab.run import Generation, RetrievedFile
 from khosim.lab.verdict import Item, reserved_blocks
 
 __all__ = ("StandIn",)
@@ -63,6 +64,17 @@ class StandIn:
         if "test_kho: " in log:
             ok = "test_kho: KHO restore succeeded" in log
             self._add("kho_test folios", ok, "restored and summed by the kernel's test module")
+
+        if handed.belongings.files and generation.has_liveupdate:
+            left = {
+                key: RetrievedFile(
+                    file.pos, file.seals, len(file.content), sha256(file.content).hexdigest()
+                )
+                for key, file in handed.belongings.files.items()
+            }
+            same = sum(generation.retrieved.get(key) == file for key, file in left.items())
+            detail = f"{same} of {len(left)} retrieved, with khosim's content"
+            self._add("khosim's memfds", same == len(left), detail)
 
     def _add(self, name: str, ok: bool, detail: str) -> None:
         self.items.append(Item("gen1", name, ok, detail))
