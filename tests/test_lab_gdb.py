@@ -146,9 +146,7 @@ def test_a_refused_breakpoint(stub: Callable[[Answer], tuple[Stub, GdbClient]]) 
 
 
 @pytest.mark.parametrize("packet", ["W00", "X09"])
-def test_a_guest_that_ends(
-    stub: Callable[[Answer], tuple[Stub, GdbClient]], packet: str
-) -> None:
+def test_a_guest_that_ends(stub: Callable[[Answer], tuple[Stub, GdbClient]], packet: str) -> None:
     """The stub says that the guest is gone."""
     _, client = stub(lambda request: packet)
     client.resume()

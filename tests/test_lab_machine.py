@@ -54,8 +54,8 @@ def test_one_node() -> None:
     assert " -S " in said
     assert "-no-reboot" in said
     assert said.endswith(
-        "-append console=ttyS0 nokaslr panic=-1 kho=on liveupdate=on log_buf_len=16M"
-        " memblock=debug quiet reserve_mem=2M:4096:a"
+        "-append console=ttyS0 nokaslr no_timer_check panic=-1 kho=on liveupdate=on"
+        " log_buf_len=16M memblock=debug quiet reserve_mem=2M:4096:a"
     )
 
 

@@ -30,6 +30,7 @@ MAY_USE: dict[str, set[str]] = {
     "conform": BASE | {"machine", "abi", "kernel", "checks", "capture", "inspect"},
     "simulator": BASE | {"machine", "abi", "kernel", "checks", "capture", "conform"},
     "plan": BASE | {"machine", "kernel", "capture", "conform"},
+    "lab": BASE | {"machine", "abi", "kernel", "checks", "capture", "inspect", "__init__"},
     "scenario": BASE | {"machine", "kernel", "checks", "capture", "simulator"},
     "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
@@ -37,7 +38,7 @@ MAY_USE: dict[str, set[str]] = {
     "view": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore"},
     "cli": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore", "testing", "view"}
-    | {"inspect", "conform", "plan", "scenario", "bugs", "__init__"},
+    | {"inspect", "conform", "plan", "lab", "scenario", "bugs", "__init__"},
     "__main__": {"cli"},
     "__init__": {"errors", "simulator"},
 }

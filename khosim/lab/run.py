@@ -119,7 +119,7 @@ class Lab:
         self._begin()
         self._progress(f"gen{index}: booting")
         generation = Generation(index, GenerationFiles(f"gen{index}"))
-        for event in self._events(f"gen{index}: no end to its boot"):
+        for event in self._events(f"gen{index}", "no end to its boot"):
             if isinstance(event, GuestFile):
                 self._keep(generation, event)
             elif event.key in ("READY", "DONE"):
@@ -166,7 +166,7 @@ class Lab:
         gdb.resume()
         self._begin()
         self._qemu.answer()
-        for _ in self._events(f"{generation.name}: no jump", until_stop=True):
+        for _ in self._events(generation.name, "no jump", until_stop=True):
             pass
         if gdb.register("rip") != entry:
             raise self._trouble(f"{generation.name}: stopped somewhere else than at machine_kexec")
@@ -224,17 +224,20 @@ class Lab:
     def _begin(self) -> None:
         self._began = time.monotonic()
 
-    def _events(self, late: str, *, until_stop: bool = False) -> Iterator[Event]:
-        """What the guest says, until the caller has enough, or until the guest stops."""
+    def _events(self, name: str, late: str, *, until_stop: bool = False) -> Iterator[Event]:
+        """What the guest says, until the caller has enough, or until the guest stops.
+
+        ``name`` is the generation's, ``late`` what to say when it takes too long.
+        """
         end = self._began + self._timeout
         while True:
             yield from self._qemu.pump(_POLL_SECONDS)
             if until_stop and self._qemu.gdb.wait_stop(0):
                 return
             if self._qemu.console.died() or self._qemu.is_gone:
-                raise self._trouble("the guest is gone")
+                raise self._trouble(f"{name}: the guest is gone")
             if time.monotonic() > end:
-                raise self._trouble(f"{late} in {self._timeout:.0f} s")
+                raise self._trouble(f"{name}: {late} in {self._timeout:.0f} s")
 
     def _trouble(self, finding: str) -> GuestTrouble:
         """Take the console's last words, and say what they mean."""
