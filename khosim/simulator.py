@@ -77,6 +77,8 @@ class Machine:
     ) -> None:
         if allocator not in ALLOCATORS:
             raise InputError("allocator", f"{allocator!r} is not one of {', '.join(ALLOCATORS)}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError("seed", f"{seed!r} is not a whole number")
         if hardware is None:
             if memory_map is None:
                 memory_map = MemoryMap.from_size(
@@ -156,6 +158,7 @@ class Machine:
     ) -> Kernel:
         """A cold boot: the boot loader puts a kernel into RAM and starts it.
 
+        A kernel that was running is gone, as after pressing reset; its bytes stay in RAM.
         ``release`` is that of ``config`` where one is given, else 7.3.
         ``kernel_size`` and ``initrd`` are sizes; small machines get small ones by default.
 
@@ -171,6 +174,8 @@ class Machine:
             self.hardware, image.data, initrd_bytes=initrd_bytes, cmdline=cmdline
         )
         self._last_boot = (image, initrd_bytes, cmdline)
+        if self.kernel is not None:
+            self.kernel.alive = False
         if self._auditor is not None:
             self._auditor.power_on()
         return self.resume()
@@ -218,6 +223,8 @@ class Machine:
         What is not given is as at the last boot. Raises the load's
         :class:`~khosim.errors.KernelError`; the kernel is dead after a jump.
         """
+        if kernel.host is not self:
+            raise KhoSimError(f"{kernel!r} does not run on this machine")
         last_image, last_initrd, last_cmdline = self._last_boot or (None, None, "")
         if release is None and image is None and config is None and kernel_size is None:
             image = last_image

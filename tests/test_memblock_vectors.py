@@ -78,6 +78,13 @@ def test_stdin(
     }
 
 
+def test_a_closed_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may be started without standard input: one line, no traceback."""
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="<stdin>: it is closed"):
+        run("-")
+
+
 def test_a_panic_ends_its_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The 129th region: results up to there, the panic's line, exit status 1; then the next."""
     ops: list[list[Any]] = [["reserve", 8192 * k, 4096] for k in range(130)]

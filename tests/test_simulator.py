@@ -40,6 +40,7 @@ def test_a_machine_from_a_size():
         ({"allocator": "best"}, "allocator"),
         ({"page_size": 16384}, "page size"),
         ({"arch": "mips"}, "arch"),
+        ({"seed": "1"}, "seed"),
     ],
 )
 def test_bad_machines(options, place):
@@ -303,3 +304,74 @@ def test_the_image_in_ram_is_what_boots():
     assert successor.release.uname == "9.9.9"
     digest = hashlib.sha256(repr(successor.config).encode()).hexdigest()
     assert digest == hashlib.sha256(repr(other).encode()).hexdigest()
+
+
+# -- what is not one machine's, or no request at all ------------------------------------------------
+
+
+def test_reset_ends_the_kernel_that_ran():
+    """A cold boot leaves one live kernel, not two that write into the same RAM."""
+    machine = Machine("64M")
+    first = machine.boot(cmdline="kho=on")
+    second = machine.boot(cmdline="kho=on")
+    assert not first.alive
+    assert second.alive
+    with pytest.raises(KhoSimError, match="switched off"):
+        first.alloc_folio()
+
+
+def test_kernels_and_folios_stay_with_their_machine():
+    """Neither a kernel nor a folio of somebody else is taken for one's own."""
+    machine, other = Machine("64M"), Machine("64M")
+    kernel, stranger = machine.boot(cmdline="kho=on"), other.boot(cmdline="kho=on")
+    folio = stranger.alloc_folio()
+    for call in (
+        kernel.kho_preserve_folio,
+        kernel.kho_unpreserve_folio,
+        kernel.kho_unpreserve_free,
+    ):
+        with pytest.raises(KhoSimError, match="belongs to"):
+            call(folio)
+    with pytest.raises(KhoSimError, match="does not run on this machine"):
+        machine.kexec(stranger)
+    assert stranger.alive
+    successor = stranger.kexec()
+    with pytest.raises(KhoSimError, match="belongs to"):
+        successor.kho_preserve_folio(folio)
+
+
+@pytest.mark.parametrize(
+    ("call", "place"),
+    [
+        (lambda kernel: kernel.alloc_folio(-1), "order"),
+        (lambda kernel: kernel.alloc_folios(3, -1), "order"),
+        (lambda kernel: kernel.alloc_folio(nid=1), "nid"),
+        (lambda kernel: kernel.alloc_folios(2, nid=-7), "nid"),
+        (lambda kernel: kernel.kho_alloc_preserve(-1), "size_bytes"),
+        (lambda kernel: kernel.kho_add_subtree("x", -1, 8), "phys"),
+        (lambda kernel: kernel.kho_add_subtree("x", 4096, 1 << 64), "size_bytes"),
+        (lambda kernel: kernel.kho_add_subtree("a\0b", 4096, 8), "name"),
+        (lambda kernel: kernel.kho_add_subtree("\u00e9", 4096, 8), "name"),
+        (lambda kernel: kernel.kho_remove_subtree(1 << 64), "phys"),
+        (lambda kernel: kernel.kexec(cmdline="kho=on \u00e9"), "cmdline"),
+    ],
+)
+def test_impossible_requests_are_refused(call, place):
+    """An InputError before anything has changed."""
+    machine = Machine("64M")
+    kernel = machine.boot(cmdline="kho=on")
+    before = (kernel.pages.nr_free_pages(), kernel.ram.read(kernel.kho_out.fdt_phys, 4096))
+    with pytest.raises(InputError) as refused:
+        call(kernel)
+    assert refused.value.place == place
+    assert (kernel.pages.nr_free_pages(), kernel.ram.read(kernel.kho_out.fdt_phys, 4096)) == before
+    assert kernel.alive
+
+
+@pytest.mark.parametrize("nr_pages", [0, 1025])
+def test_no_pages_and_too_many_are_refused_alike(nr_pages):
+    """get_order(0) is as far above the largest order as it gets."""
+    kernel = Machine("64M").boot(cmdline="kho=on")
+    with pytest.raises(KernelError) as refused:
+        kernel.alloc_pages_exact(nr_pages)
+    assert refused.value.name == "ENOMEM"

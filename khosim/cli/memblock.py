@@ -114,6 +114,8 @@ def _lines(file: str) -> Iterator[tuple[str, str]]:
 def _open(file: str, stack: ExitStack) -> IO[bytes]:
     raw: io.BufferedReader
     if file == "-":
+        if sys.stdin is None:
+            raise InputError(_name(file), "it is closed")
         buffer = sys.stdin.buffer
         raw = cast("io.BufferedReader", buffer)
         if not hasattr(buffer, "peek"):

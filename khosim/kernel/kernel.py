@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from khosim.errors import KernelError, KhoSimError
+from khosim.errors import InputError, KernelError, KhoSimError
 from khosim.kernel.arch import Arch
 from khosim.kernel.boot_hugetlb import Hstate
 from khosim.kernel.cmdline import BootOptions
@@ -195,6 +195,13 @@ class Kernel(DirectMap, KhoCalls):
         if self.trace is not None:
             self.emit("printk", {"message": message}, None)
 
+    def _check_request(self, order: int, nid: int | None) -> None:
+        self.check_alive()
+        if order < 0:
+            raise InputError("order", f"{order} is negative")
+        if nid is not None and nid not in self.hardware.memory_map.online_nodes:
+            raise InputError("nid", f"this machine has no node {nid}")
+
     def warn(self, message: str) -> None:
         """``WARN``: a line of the kernel log that begins with WARNING."""
         self.printk(message)
@@ -263,7 +270,7 @@ class Kernel(DirectMap, KhoCalls):
 
         ``movable`` folios may come from scratch; ``nid`` is the preferred node; ``zero`` clears.
         """
-        self.check_alive()
+        self._check_request(order, nid)
         pfn = self.pages.alloc_pages(
             order, owner, movable=movable, compound=order > 0, nid=nid
         )
@@ -286,7 +293,7 @@ class Kernel(DirectMap, KhoCalls):
         nid: int | None = None,
     ) -> list[tuple[int, int]]:
         """``nr_folios`` folios at once, as ``(first pfn, folios)`` runs; raises -ENOMEM."""
-        self.check_alive()
+        self._check_request(order, nid)
         runs = self.pages.alloc_pages_bulk(
             order, nr_folios, owner, movable=movable, compound=order > 0, nid=nid
         )
@@ -301,12 +308,12 @@ class Kernel(DirectMap, KhoCalls):
     def alloc_pages_exact(self, nr_pages: int, *, owner: str = "user") -> int:
         """``alloc_pages_exact``: the first pfn of ``nr_pages`` order-0 pages in a row.
 
-        Raises -ENOMEM, also above the largest order.
+        Raises -ENOMEM, also for no page at all (``get_order(0)`` is 52) and above the largest order.
         """
         self.check_alive()
-        order = max(nr_pages - 1, 0).bit_length()
+        order = (nr_pages - 1).bit_length()
         pfn = None
-        if order <= self.arch.max_page_order:
+        if nr_pages > 0 and order <= self.arch.max_page_order:
             pfn = self.pages.alloc_pages(order, owner)
         if pfn is None:
             raise KernelError(errno.ENOMEM, "alloc_pages_exact", f"{nr_pages} pages")

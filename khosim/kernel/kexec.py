@@ -14,7 +14,7 @@ import errno
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from khosim.errors import KernelError
+from khosim.errors import InputError, KernelError
 from khosim.kernel.kexec_arm64 import load_arm64_image, probe_arm64_image
 from khosim.kernel.kexec_bzimage import load_bzimage, probe_bzimage
 from khosim.kernel.kho import kho_fill_kimage, kho_locate_mem_hole
@@ -306,6 +306,8 @@ def kexec_file_load(
     :class:`~khosim.errors.KernelError`: -ENOEXEC (x86-64) or -EINVAL (arm64) for another file,
     -EINVAL, -EADDRNOTAVAIL, -ENOMEM. A failed load leaves nothing.
     """
+    if not cmdline.isascii() or "\0" in cmdline:
+        raise InputError("cmdline", f"{cmdline!r} is not ASCII text without NUL")
     kimage = Kimage(kernel, is_crash=on_crash)
     x86 = kernel.arch.name == "x86_64"
     if on_crash and kernel.crash_image is not None:

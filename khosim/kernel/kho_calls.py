@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from khosim.errors import KhoSimError
+from khosim.errors import InputError, KhoSimError
 
 if TYPE_CHECKING:
     from khosim.kernel.kho_in import KhoIn
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from khosim.kernel.page import Folio
 
 __all__ = ("KhoCalls",)
+
+
+def _check_u64(what: str, value: int) -> None:
+    if not 0 <= value < 1 << 64:
+        raise InputError(what, f"{value} does not fit into 64 bits")
 
 
 class KhoCalls:
@@ -34,8 +39,14 @@ class KhoCalls:
         """Raise where a user holds on to a kernel that has jumped or died."""
         if not self.alive:
             raise KhoSimError(
-                f"generation {self.generation} has handed over: ask its successor instead"
+                f"generation {self.generation} has handed over or was switched off: "
+                "ask the kernel that runs now"
             )
+
+    def _check_own(self, folio: Folio) -> None:
+        self.check_alive()
+        if folio.kernel is not self:
+            raise KhoSimError(f"{folio!r} belongs to {folio.kernel!r}: only bytes cross a kexec")
 
     @property
     def is_kho_boot(self) -> bool:
@@ -44,7 +55,7 @@ class KhoCalls:
 
     def kho_preserve_folio(self, folio: Folio) -> None:
         """``kho_preserve_folio``; see :meth:`KhoOut.preserve_folio`."""
-        self.check_alive()
+        self._check_own(folio)
         self.kho_out.preserve_folio(folio.pfn, folio.order)
 
     def kho_preserve_folios(self, pfns: Pfns, order: int = 0) -> None:
@@ -54,7 +65,7 @@ class KhoCalls:
 
     def kho_unpreserve_folio(self, folio: Folio) -> None:
         """``kho_unpreserve_folio``; see :meth:`KhoOut.unpreserve_folio`."""
-        self.check_alive()
+        self._check_own(folio)
         self.kho_out.unpreserve_folio(folio.pfn, folio.order)
 
     def kho_preserve_pages(self, pfn: int, nr_pages: int) -> None:
@@ -70,21 +81,27 @@ class KhoCalls:
     def kho_alloc_preserve(self, size_bytes: int) -> Folio:
         """``kho_alloc_preserve``; see :meth:`KhoOut.alloc_preserve`."""
         self.check_alive()
+        _check_u64("size_bytes", size_bytes)
         return self.kho_out.alloc_preserve(size_bytes)
 
     def kho_unpreserve_free(self, folio: Folio) -> None:
         """``kho_unpreserve_free``; see :meth:`KhoOut.unpreserve_free`."""
-        self.check_alive()
+        self._check_own(folio)
         self.kho_out.unpreserve_free(folio)
 
     def kho_add_subtree(self, name: str, phys: int, size_bytes: int) -> None:
         """``kho_add_subtree``; see :meth:`KhoOut.add_subtree`."""
         self.check_alive()
+        _check_u64("phys", phys)
+        _check_u64("size_bytes", size_bytes)
+        if not name.isascii() or "\0" in name:
+            raise InputError("name", f"{name!r} is not ASCII text without NUL")
         self.kho_out.add_subtree(name, phys, size_bytes)
 
     def kho_remove_subtree(self, phys: int) -> None:
         """``kho_remove_subtree``; see :meth:`KhoOut.remove_subtree`."""
         self.check_alive()
+        _check_u64("phys", phys)
         self.kho_out.remove_subtree(phys)
 
     def kho_retrieve_subtree(self, name: str) -> tuple[int, int]:
