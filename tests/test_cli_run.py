@@ -177,6 +177,14 @@ def test_a_trace_can_go_into_a_device(call: Any) -> None:
     assert not Path(os.devnull).is_file()
 
 
+def test_a_trace_goes_where_a_link_leads(call: Any, tmp_path: Path) -> None:
+    """The link stays: /dev/stdout is one."""
+    (tmp_path / "link").symlink_to("target")
+    assert call("small", "--trace", str(tmp_path / "link")).status == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text().endswith("}\n")
+
+
 @pytest.mark.parametrize(
     ("options", "key", "expected"),
     [

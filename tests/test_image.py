@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import struct
 import zlib
@@ -113,6 +114,19 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
         load_image(tmp_path / "m.img")
     with pytest.raises(InputError, match=r"Is a directory"):
         load_image(tmp_path)
+
+
+def test_an_image_takes_no_devices_place(tmp_path: Path) -> None:
+    """A pipe (or a device) is refused and stays what it is; a link stays, what it names is new."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe: a device or a pipe"):
+        save_image(small_ram(), SMALL, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to("target")
+    save_image(small_ram(), SMALL, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load_image(tmp_path / "target").ram.read(0, 5) == b"first"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "pipe", "target"]
 
 
 @pytest.fixture(scope="module")

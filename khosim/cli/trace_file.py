@@ -1,7 +1,8 @@
 """The event trace as a file of JSON lines, put in place only when it is whole.
 
 Events go to a temporary file in the same folder, which takes the wanted name at the end; after an
-error or an interrupt nothing is left behind. A pipe or a device is written to directly.
+error or an interrupt nothing is left behind. A pipe, a device or a link (``/dev/stdout``) is written to
+directly: a file must not take its place.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class TraceFile:
         try:
             if path.is_dir():
                 raise InputError(str(path), "a folder: --trace names a file")
-            if path.exists() and not path.is_file():
+            if path.is_symlink() or (path.exists() and not path.is_file()):
                 self._file = path.open("w", encoding="utf-8")
             else:
                 handle, self._temporary = tempfile.mkstemp(

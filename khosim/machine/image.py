@@ -65,13 +65,16 @@ def save_image(
 ) -> None:
     """Write the machine to ``path``, replacing what is there only when all is written.
 
-    Costs what the machine touched. Raises :class:`InputError` where the host cannot write.
+    Costs what the machine touched. Raises :class:`InputError` where the host cannot write, and for
+    a device or a pipe, which a file must not replace.
     """
     blobs = {name: base64.b64encode(blob).decode() for name, blob in (firmware or {}).items()}
     facts = json.dumps(
         {"ram_bytes": ram.size_bytes, "memory_map": memory_map.to_dict(), "firmware": blobs}
     ).encode()
-    path = Path(path)
+    if Path(path).is_fifo() or Path(path).is_char_device() or Path(path).is_block_device():
+        raise InputError(str(path), "a device or a pipe: an image is a regular file")
+    path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
