@@ -11,7 +11,7 @@ import pytest
 from khosim import InputError, KernelError, KernelPanic, KhoSimError, Machine
 from khosim.abi.boot_params import build_bzimage
 from khosim.kernel.image import KernelConfig, KernelImage
-from khosim.kernel.kexec import Kimage
+from khosim.kernel.kexec import Kimage, Segment
 from khosim.kernel.release import find_release
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -278,6 +278,17 @@ def test_more_than_half_of_memory(plain):
         plain.kexec_file_load(SMALL, initrd_bytes=half - 3 * MIB)
     assert refused.value.errno == errno.EINVAL
     assert refused.value.symbol == "sanity_check_segment_list"
+
+
+def test_exactly_half_of_memory(plain):
+    """totalram_pages / 2 are not too many yet; one more page is."""
+    half = plain.total_ram_pages() // 2 << 12
+    kimage = Kimage(plain)
+    kimage.segments = [Segment("x", b"", 0, half - 4096), Segment("y", b"", half, 4096)]
+    kimage.sanity_check()
+    kimage.segments.append(Segment("z", b"", 2 * half, 4096))
+    with pytest.raises(KernelError, match="more than half"):
+        kimage.sanity_check()
 
 
 def test_no_pages_for_the_segments(kernel):
