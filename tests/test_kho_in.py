@@ -11,7 +11,7 @@ import pytest
 
 from khosim import KernelError, KernelPanic, KhoSimError, Machine
 from khosim.abi import fdt
-from khosim.kernel.kho_in import KHO_PAGE_MAGIC
+from khosim.kernel.kho_in import KHO_PAGE_MAGIC, KhoIn
 from khosim.kernel.kho_radix import kho_encode_radix_key
 from khosim.kernel.memblock import MEMBLOCK_RSRV_NOINIT
 
@@ -498,3 +498,26 @@ def test_a_dead_kernel_restores_nothing():
     ):
         with pytest.raises(KhoSimError, match="ask its successor"):
             call()
+
+
+def test_a_memory_map_lost_in_early_boot(monkeypatch):
+    """The kernel warns, forgets kho_scratch but not its count, and dies at the next look at it."""
+    machine, kernel = booted()
+    early = KhoIn.memory_init_early
+    spoil = edit_root_fdt(kernel, lambda tree: fdt.fdt_delprop(tree, 0, "preserved-memory-map"))
+
+    def lose_the_map(incoming):
+        spoil(machine.hardware.ram)
+        early(incoming)
+
+    monkeypatch.setattr(KhoIn, "memory_init_early", lose_the_map)
+    events = []
+    machine.listen(events.append)
+    with pytest.raises(KernelPanic, match="kho_scratch is gone"):
+        handover(machine, kernel)
+    messages = [event.args["message"] for event in events if event.symbol == "printk"]
+    assert "KHO: found kexec handover data." in messages
+    assert messages[-3:-1] == [
+        "KHO: failed to get preserved memory map",
+        "WARNING: kho_memory_init_early: no memory map",
+    ]

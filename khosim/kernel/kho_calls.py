@@ -40,7 +40,7 @@ class KhoCalls:
         if not self.alive:
             raise KhoSimError(
                 f"generation {self.generation} has handed over or was switched off: "
-                "ask the kernel that runs now"
+                "ask its successor instead"
             )
 
     def _check_own(self, folio: Folio) -> None:
