@@ -479,6 +479,14 @@ def test_metadata_that_fails_is_reported():
     assert kimage.kho_scratch is None
 
 
+def test_metadata_that_finds_no_place_is_given_back(kernel):
+    """The name is taken: the page with the metadata is neither preserved nor lost."""
+    before, free = preserved(kernel), kernel.pages.nr_free_pages()
+    assert kernel.kho_out.kexec_metadata(7) == -errno.EEXIST
+    assert preserved(kernel) == before
+    assert kernel.pages.nr_free_pages() == free
+
+
 def test_the_root_fdt_of_a_new_kernel(kernel):
     """compatible, the tree's root, the metadata subtree."""
     tree = kernel.fdt_at(kernel.kho_out.fdt_phys)
