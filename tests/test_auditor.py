@@ -330,3 +330,18 @@ def test_no_checker_imports_a_kernel() -> None:
                 assert not (node.module or "").startswith("khosim.kernel"), path
             elif isinstance(node, ast.Import):
                 assert not any(name.name.startswith("khosim.kernel") for name in node.names), path
+
+
+@pytest.mark.parametrize("where", ["", "0:1,1:1"])
+def test_gigantic_pages_are_no_phantoms(where: str) -> None:
+    """HugeTLB marks the tails of its pages noinit as well, and nobody handed those over."""
+    machine = Machine("8G", nodes=2)
+    huge = f"hugepagesz=1G hugepages={where or 1}"
+    kernel = machine.boot(cmdline=f"kho=on {huge}")
+    folio = kernel.alloc_folio(3)
+    kernel.kho_preserve_folio(folio)
+    successor = kernel.kexec()
+    assert len(successor.gigantic_pages) == 1 + bool(where)
+    assert machine.check() == []
+    successor.kho_restore_folio(folio.phys)
+    assert machine.check() == []

@@ -232,7 +232,10 @@ class LuoView(Protocol):
 
 
 class KernelView(Protocol):
-    """One kernel generation, as far as the checkers look at it."""
+    """One kernel generation, as far as the checkers look at it.
+
+    ``gigantic_pages`` are the ``(first pfn, pages)`` of huge pages that came from memblock.
+    """
 
     @property
     def generation(self) -> int: ...
@@ -252,6 +255,8 @@ class KernelView(Protocol):
     def kho_scratch_phys(self) -> int: ...
     @property
     def kho_scratch_cnt(self) -> int: ...
+    @property
+    def gigantic_pages(self) -> Sequence[tuple[int, int]]: ...
     @property
     def memblock(self) -> MemblockView: ...
     @property

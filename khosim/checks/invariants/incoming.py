@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ("INVARIANTS",)
 
 _RSRV_NOINIT = 0x10  # include/linux/memblock.h:MEMBLOCK_RSRV_NOINIT
-_RSRV_HUGETLB = 0x80  # MEMBLOCK_RSRV_HUGETLB: gigantic pages, which are marked as well
 _EXTENSION_SHIFT = 30  # scratch is extended by blocks of 1 GiB
 _MIB = 1 << 20
 _KNOWN = 1 << 32
@@ -95,10 +94,14 @@ def _noinit_pages(look: Look) -> Ranges:
     regions = [
         (base >> shift, ((end - 1) >> shift) + 1)
         for base, end, flags in zip(reserved.base, reserved.end, reserved.flags, strict=True)
-        if flags & (_RSRV_NOINIT | _RSRV_HUGETLB) == _RSRV_NOINIT
+        if flags & _RSRV_NOINIT
     ]
     low, high = np.array(regions, dtype=np.int64).reshape(-1, 2).T
-    return merged((low, high))
+    kept = merged((low, high))
+    # hugetlb_bootmem_alloc leaves the tail pages of its huge pages to hugetlb_init. Releases before
+    # 7.3 have no MEMBLOCK_RSRV_HUGETLB to tell them by.
+    huge = np.array(look.kernel.gigantic_pages, dtype=np.int64).reshape(-1, 2)
+    return minus(kept, merged((huge[:, 0] + 1, huge.sum(axis=1)))) if len(huge) else kept
 
 
 def _tell_blocks(look: Look, handed: Handed, blocks: Ranges, what: str) -> list[Violation]:
