@@ -306,7 +306,7 @@ def test_the_image_in_ram_is_what_boots():
     assert digest == hashlib.sha256(repr(other).encode()).hexdigest()
 
 
-# -- what is not one machine's, or no request at all ------------------------------------------------
+# -- what is not one machine's, or no request at all ----------------------------------------------
 
 
 def test_reset_ends_the_kernel_that_ran():

@@ -1,8 +1,8 @@
 """The event trace as a file of JSON lines, put in place only when it is whole.
 
 Events go to a temporary file in the same folder, which takes the wanted name at the end; after an
-error or an interrupt nothing is left behind. A pipe, a device or a link (``/dev/stdout``) is written to
-directly: a file must not take its place.
+error or an interrupt nothing is left behind. A pipe, a device or a link (``/dev/stdout``) is
+written to directly: a file must not take its place.
 """
 
 from __future__ import annotations

@@ -308,7 +308,7 @@ class Kernel(DirectMap, KhoCalls):
     def alloc_pages_exact(self, nr_pages: int, *, owner: str = "user") -> int:
         """``alloc_pages_exact``: the first pfn of ``nr_pages`` order-0 pages in a row.
 
-        Raises -ENOMEM, also for no page at all (``get_order(0)`` is 52) and above the largest order.
+        Raises -ENOMEM, also above the largest order and for no page (``get_order(0)`` is 52).
         """
         self.check_alive()
         order = (nr_pages - 1).bit_length()
