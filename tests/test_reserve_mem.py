@@ -281,6 +281,22 @@ def test_another_alignment_is_refused():
     assert successor.reserve_mem.find_by_name("x")[0] == start
 
 
+def test_an_alignment_that_is_no_power_of_two():
+    """The kernel masks with align - 1 and does not divide: multiples may fail, others pass."""
+    machine, kernel = booted("reserve_mem=64K:4096:x")
+    start, _ = kernel.reserve_mem.find_by_name("x")
+    assert start & (start - 1)
+    successor = kexec(machine, kernel, f"kho=on reserve_mem=64K:{start}:x")
+    assert said(successor, "wrong alignment") == [
+        f"KHO reserve-mem 'x' has wrong alignment ({start:#x}, {start:#x})"
+    ]
+    machine, kernel = booted("reserve_mem=64K:4096:x")
+    align = 0xC01
+    assert start % align
+    successor = kexec(machine, kernel, f"kho=on reserve_mem=64K:{align}:x")
+    assert successor.reserve_mem.find_by_name("x")[0] == start
+
+
 def test_a_predecessor_without_regions():
     """No memblock subtree: -ENOENT, and not a word."""
     machine, kernel = booted("")
