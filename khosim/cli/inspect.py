@@ -10,6 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from khosim.cli.printable import printable
 from khosim.errors import InputError
 from khosim.units import parse_size
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.dts:
         from khosim.inspect.dts import report_dts
 
-        print("\n".join(filter(None, map(report_dts, reports))), end="")
+        print(printable("\n".join(filter(None, map(report_dts, reports)))), end="")
     else:
         _print_tables(reports, args.folios)
     return 1 if any(report.damage for report in reports) else 0
@@ -93,7 +94,7 @@ def _print_tables(reports: list[Report], folios: bool) -> None:
         if number:
             print()
         for line in report_lines(report, folios=folios):
-            print(line.rstrip())
+            print(printable(line.rstrip()))
 
 
 def _address(text: str | None, option: str) -> int | None:

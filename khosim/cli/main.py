@@ -63,6 +63,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return the exit status."""
+    _show_everything()
     try:
         status = _dispatch(sys.argv[1:] if argv is None else list(argv))
         _flush()
@@ -126,12 +127,21 @@ def _suggestion(name: str) -> str:
 
 
 def _complain(message: str) -> int:
-    print(f"khosim: {_one_line(message)}", file=sys.stderr)
+    from khosim.cli.printable import printable
+
+    print(f"khosim: {printable(_one_line(message))}", file=sys.stderr)
     return EXIT_USAGE
 
 
 def _one_line(message: str) -> str:
     return " ".join(message.splitlines())
+
+
+def _show_everything() -> None:
+    """Spell out what a stdout of a small character set cannot show, as stderr does anyway."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
 
 
 def _flush() -> None:

@@ -11,6 +11,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from khosim.cli.printable import printable
+
 if TYPE_CHECKING:
     from khosim.conform.replay import Replay
 
@@ -63,6 +65,6 @@ def _show(replays: list[Replay]) -> None:
         print("\ndifferences")
         for one in replays:
             for difference in one.differences[:_SHOWN]:
-                print(f"  {one.name}: {told(difference)}")
+                print(printable(f"  {one.name}: {told(difference)}"))
             if len(one.differences) > _SHOWN:
                 print(f"  {one.name}: and {len(one.differences) - _SHOWN} more")

@@ -11,6 +11,7 @@ import json
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from khosim.cli.printable import printable
 from khosim.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
 def _tell(player: Player) -> None:
     from khosim.cli import run_text
 
-    print("\n".join(run_text.heading(player.scenario)))
+    print(printable("\n".join(run_text.heading(player.scenario))))
     before = None
     for facts in player.generations():
-        print("\n".join(run_text.generation(facts, before)), flush=True)
+        print(printable("\n".join(run_text.generation(facts, before))), flush=True)
         before = facts
-    print("\n".join(run_text.verdict(player.result)))
+    print(printable("\n".join(run_text.verdict(player.result))))
 
 
 def _list(scenarios: dict[str, str], *, as_json: bool) -> int:
