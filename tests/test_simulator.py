@@ -153,7 +153,8 @@ def test_listeners_hear_every_kernel():
     assert {event.generation for event in first} == {1, 2}
     assert {event.generation for event in second} == {2}
     symbols = {event.symbol for event in first}
-    assert {"kho_populate", "kho_init", "kexec_file_load", "machine_kexec", "printk"} <= symbols
+    assert {"kho_populate", "kho_memory_init_early", "kho_memory_init", "kho_init"} <= symbols
+    assert {"kexec_file_load", "machine_kexec", "printk"} <= symbols
     assert all(isinstance(event.args, dict) for event in first)
 
 
