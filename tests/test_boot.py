@@ -300,9 +300,10 @@ def test_kho_off_in_a_successor():
     assert successor.page(areas[0][0] >> 12).migratetype == 2
     assert successor.reserve_mem.regions == regions
     assert "Revived memory reservation 'x' from KHO" in successor.messages
-    assert successor.kho_restore_folio(folio.phys).read(0, 5) == b"state"
+    restored = successor.kho_restore_folio(folio.phys)
+    assert restored.read(0, 5) == b"state"
     with pytest.raises(KernelError, match="EINVAL"):
-        successor.kho_preserve_folio(folio)
+        successor.kho_preserve_folio(restored)
     # The next kexec hands nothing over.
     third = successor.kexec(cmdline="kho=on")
     assert not third.is_kho_boot
