@@ -17,6 +17,7 @@ from khosim.checks.decode import decode_handover
 from khosim.checks.invariants import INVARIANTS
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.page import Folio
+from khosim.kernel.release import find_release
 
 CHECKS = Path(__file__).resolve().parent.parent / "khosim" / "checks"
 INTRUDER = (7, "intruder")
@@ -333,11 +334,13 @@ def test_no_checker_imports_a_kernel() -> None:
 
 
 @pytest.mark.parametrize("where", ["", "0:1,1:1"])
-def test_gigantic_pages_are_no_phantoms(where: str) -> None:
+@pytest.mark.parametrize("has_flag", [True, False])
+def test_gigantic_pages_are_no_phantoms(where: str, has_flag: bool) -> None:
     """HugeTLB marks the tails of its pages noinit as well, and nobody handed those over."""
     machine = Machine("8G", nodes=2)
-    huge = f"hugepagesz=1G hugepages={where or 1}"
-    kernel = machine.boot(cmdline=f"kho=on {huge}")
+    huge = f"kho_scratch=64M,64M,64M hugepagesz=1G hugepages={where or 1}"
+    release = find_release("7.3").evolve(hugetlb_outside_scratch=has_flag)
+    kernel = machine.boot(release, cmdline=f"kho=on {huge}")
     folio = kernel.alloc_folio(3)
     kernel.kho_preserve_folio(folio)
     successor = kernel.kexec()
