@@ -76,9 +76,11 @@ def test_names_come_across(name: str) -> None:
 
 def test_a_name_ends_at_its_nul() -> None:
     """As for the kernel, which does not see what is behind."""
-    _, kernel = boot()
+    machine, kernel = boot()
     assert kernel.liveupdate.create_session("a\0b").name == "a"
     refused(errno.EEXIST, kernel.liveupdate.create_session, "a")
+    successor = machine.kexec(kernel)
+    assert successor.liveupdate.retrieve_session("a\0c").name == "a"
 
 
 def test_names_are_unique_until_closed() -> None:

@@ -235,7 +235,7 @@ class LuoSessions:
         """
         self.down_read()
         symbol = "luo_session_retrieve"
-        session = self.incoming.sessions.get(name)
+        session = self.incoming.sessions.get(name.split("\0", 1)[0])
         if session is None:
             raise KernelError(errno.ENOENT, symbol, f"session {name!r}")
         if session.retrieved:
@@ -244,7 +244,7 @@ class LuoSessions:
         session.retrieved = True
         kernel = self._luo.kernel
         if kernel.trace is not None:
-            kernel.emit(symbol, {"name": name}, 0)
+            kernel.emit(symbol, {"name": session.name}, 0)
         return file
 
     def release(self, session: LuoSession) -> None:
