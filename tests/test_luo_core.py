@@ -154,6 +154,36 @@ def test_a_blob_that_is_too_small() -> None:
         machine.kexec(kernel)
 
 
+def rename_in_fdt(machine: Machine, kernel: Kernel, old: bytes, new: bytes) -> None:
+    """Change bytes of the root FDT between the jump and the successor's boot."""
+    phys = kernel.kho_out.fdt_phys
+    tree = kernel.ram.read(phys, 4096)
+    assert old in tree
+    machine.load_successor(kernel)
+    machine.hardware.ram.write(phys, tree.replace(old, new), (9, "test"))
+
+
+def test_a_subtree_without_its_size() -> None:
+    """A node that KHO calls broken is the end, and the log says whose it was."""
+    machine, kernel = boot()
+    rename_in_fdt(machine, kernel, b"blob-size", b"blob-lies")
+    said: list[object] = []
+    machine.listen(lambda event: said.append(event.args.get("message")))
+    with pytest.raises(KernelPanic, match=r"\[-EINVAL\], disabling live update"):
+        machine.resume()
+    assert "luo: failed to retrieve LUO state 'LUO' from KHO: -EINVAL" in said
+
+
+def test_a_name_that_only_looks_like_it() -> None:
+    """No subtree "LUO", though its letters stand in the tree: a boot without live update data."""
+    machine, kernel = boot()
+    kernel.kho_remove_subtree(kernel.liveupdate.luo_ser_out)
+    folio = kernel.kho_alloc_preserve(32)
+    kernel.kho_add_subtree("xLUO", folio.phys, 32)
+    kernel = machine.kexec(kernel)
+    assert (kernel.liveupdate.liveupdate_num, kernel.liveupdate.enabled) == (0, True)
+
+
 class FailingMachine(Machine):
     """Lets the nth page for preserved memory fail: 2 is LUO's root, 3 the page of its FLBs."""
 

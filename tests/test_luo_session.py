@@ -361,6 +361,39 @@ def test_a_failed_freeze_wipes_what_was_written() -> None:
     assert {count for _, _, count in session_entries(kernel)} == {1}
 
 
+def test_without_room_to_write_sessions_down() -> None:
+    """-ENOSPC and a warning, should blocks ever be missing; everything is unfrozen again."""
+    _, kernel = boot()
+    luo = kernel.liveupdate
+    held = [luo.create_session(f"s{i}") for i in range(PER_BLOCK + 1)]
+    held[0].preserve(kernel.memfd("f"), 1)
+    blocks = luo.sessions.outgoing.block_set
+    first, second = blocks.blocks
+    blocks.blocks = [first]
+    assert refused(errno.ENOSPC, luo.reboot).symbol == "luo_session_serialize"
+    assert "WARNING: luo_session_serialize: no room" in kernel.messages
+    assert kernel.ram.read(first + 16, PAGE - 16) == bytes(PAGE - 16)
+    assert not luo.sessions.serialized
+    blocks.blocks = [first, second]
+    luo.reboot()
+    assert [name for name, _, _ in session_entries(kernel)] == [s.name for s in held]
+
+
+def test_without_room_to_write_files_down() -> None:
+    """-ENOSPC and a warning; the session's name was not written."""
+    _, kernel = boot()
+    luo = kernel.liveupdate
+    session = luo.create_session("a")
+    session.preserve(kernel.memfd("f"), 1)
+    blocks = session.session.file_set.block_set
+    there, blocks.blocks = blocks.blocks, []
+    assert refused(errno.ENOSPC, luo.reboot).symbol == "luo_file_freeze"
+    assert "WARNING: luo_file_freeze: no room" in kernel.messages
+    blocks.blocks = there
+    luo.reboot()
+    assert session_entries(kernel) == [("a", blocks.head_pa, 1)]
+
+
 def test_closing_calls_the_update_off() -> None:
     """Close: files are unpreserved and all memory of the session is free again."""
     machine, kernel = boot("128M", checks=True)

@@ -73,10 +73,6 @@ class LuoFileSet:
         """How many files there are."""
         return len(self.files)
 
-    def find(self, token: int) -> LuoFile | None:
-        """The first file with this token."""
-        return self._by_token.get(token)
-
     def _append(self, luo_file: LuoFile) -> None:
         self.files.append(luo_file)
         self._by_token.setdefault(luo_file.token, luo_file)
