@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ("Item", "unknown")
+__all__ = ("Item", "in_order", "unknown")
+
+_MOST = 8
 
 
 class Item(NamedTuple):
@@ -52,3 +54,31 @@ class Item(NamedTuple):
 def unknown(name: str, why: str) -> Item:
     """An item that cannot be judged."""
     return Item(name, None, note=why)
+
+
+def in_order(
+    name: str,
+    real: list[tuple[int, int]],
+    own: list[tuple[int, int]],
+    places: list[str],
+    *,
+    needs: tuple[str, ...],
+) -> Item:
+    """An item of address ranges that have to be the same, one after the other.
+
+    ``places`` says where each of ``real`` was found.
+    """
+    same = sum(left == right for left, right in zip(real, own, strict=False))
+    differences = [
+        f"{places[i]}: {_range(left)}, simulated {_range(right)}"
+        for i, (left, right) in enumerate(zip(real, own, strict=False))
+        if left != right
+    ]
+    if len(real) != len(own):
+        differences.append(f"{len(real)} ranges, simulated {len(own)}")
+    total = max(len(real), len(own))
+    return Item.counted(name, same, total, differences[:_MOST], needs=needs)
+
+
+def _range(ends: tuple[int, int]) -> str:
+    return f"[{ends[0]:#x}-{ends[1]:#x})"

@@ -19,7 +19,7 @@ from khosim.conform.dmesg_calls import Reserve, parse_calls, symbol_of
 from khosim.conform.final_state import compare_final_arrays
 from khosim.conform.handover import PRESERVING
 from khosim.conform.held import Held
-from khosim.conform.items import Item, unknown
+from khosim.conform.items import Item, in_order, unknown
 from khosim.conform.replay import Replay, replay_generation
 from khosim.conform.state import told
 from khosim.errors import InputError
@@ -113,22 +113,9 @@ def _preserved(
     page = handover.page_size
     own = [(phys, phys + (page << order)) for phys, order in expand(handover.preserved)]
     real = [(start, end) for _, start, end in lines]
-    differences = [
-        f"line {numbers[i]}: {_range(left)}, from the map {_range(right)}"
-        for i, (left, right) in enumerate(zip(real, own, strict=False))
-        if left != right
-    ]
-    if len(real) != len(own):
-        differences.append(f"{len(real)} reservations in the log, {len(own)} blocks in the map")
-    same = sum(left == right for left, right in zip(real, own, strict=False))
-    item = Item.counted(
-        _PRESERVED, same, max(len(own), len(real)), differences[:_MOST], needs=("-1/handover",)
-    )
+    places = [f"line {line}" for line in numbers]
+    item = in_order(_PRESERVED, real, own, places, needs=("-1/handover",))
     return item, numbers
-
-
-def _range(ends: tuple[int, int]) -> str:
-    return f"[{ends[0]:#x}-{ends[1]:#x})"
 
 
 def _replayed(

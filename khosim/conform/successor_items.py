@@ -21,7 +21,7 @@ from khosim.capture.folder import Capture, CapturedGeneration
 from khosim.checks.decode_luo import Luo
 from khosim.checks.preserved import expand
 from khosim.conform.held import Held
-from khosim.conform.items import Item, unknown
+from khosim.conform.items import Item, in_order, unknown
 from khosim.conform.jump import Jump, captured_ram, load_image
 from khosim.conform.log_items import kho_lines, preserved_lines
 from khosim.conform.rebuild_fdt import first_difference
@@ -114,16 +114,8 @@ def _reserved(own: list[tuple[int, int]], after: CapturedGeneration) -> Item:
     except InputError as error:
         return unknown(name, str(error))
     real = [(start, end) for _, start, end in lines]
-    same = sum(left == right for left, right in zip(real, own, strict=False))
-    differences = [
-        f"block {i}: reserved [{left[0]:#x}-{left[1]:#x}), simulated [{right[0]:#x}-{right[1]:#x})"
-        for i, (left, right) in enumerate(zip(real, own, strict=False))
-        if left != right
-    ]
-    if len(real) != len(own):
-        differences.append(f"{len(real)} blocks reserved, simulated {len(own)}")
-    total = max(len(real), len(own))
-    return Item.counted(name, same, total, differences[:_MOST], needs=_NEEDS)
+    places = [f"line {line}" for line, _, _ in lines]
+    return in_order(name, real, own, places, needs=_NEEDS)
 
 
 def _messages(kernel: Kernel, after: CapturedGeneration) -> Item:
