@@ -20,7 +20,7 @@ from khosim.abi.boot_params import E820_RAM, E820_RESERVED
 from khosim.capture.folder import Capture, CapturedGeneration
 from khosim.conform.held import Held
 from khosim.conform.sizes import Sizes, read_sizes
-from khosim.errors import InputError, KernelError
+from khosim.errors import InputError, KernelError, KernelPanic, RamFault
 from khosim.kernel.arch import find_arch
 from khosim.kernel.bootloader import build_device_tree
 from khosim.kernel.image import KernelConfig, KernelImage
@@ -211,7 +211,7 @@ def _load(
         kho_fill_kimage(kernel, kimage)
         load = load_bzimage if hardware.arch == "x86_64" else load_arm64_image
         load(kernel, kimage, image.data, b"", initrd, cmdline)
-    except KernelError as refused:
+    except (KernelError, KernelPanic, RamFault) as refused:
         raise InputError(str(jump.generation.path), f"kexec_file_load: {refused}") from None
     finally:
         hardware.rollback(snapshot)

@@ -84,8 +84,8 @@ def successor_items(capture: Capture, before: Held, after: CapturedGeneration) -
     except InputError as error:
         yield Item(_NAME, None, note=str(error), needs=_NEEDS)
         return
-    except KernelPanic as panic:
-        yield Item(_NAME, False, 0, 1, (f"it dies: {panic.message}",), needs=_NEEDS)
+    except KhoSimError as error:
+        yield Item(_NAME, False, 0, 1, (f"it does not boot: {error}",), needs=_NEEDS)
         return
     yield _reserved(reserved, after)
     yield _messages(kernel, after)
