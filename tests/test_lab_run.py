@@ -14,8 +14,9 @@ from khosim.cli.main import main
 from khosim.errors import KhoSimError
 from khosim.lab import run as run_module
 from khosim.lab.bzimage import BzImage
-from khosim.lab.channel import Event, GuestFile, Message
+from khosim.lab.channel import ChannelError, Event, GuestFile, Message
 from khosim.lab.console import Console
+from khosim.lab.gdb import GdbError
 from khosim.lab.guest_ram import GuestRam
 from khosim.lab.run import Generation, GuestTrouble, Lab
 from khosim.lab.verdict import Item, reserved_blocks, verdict
@@ -323,6 +324,36 @@ def test_qemu_dies(qemu: FakeQemu) -> None:
     qemu.script[0] = []
     qemu.is_gone = True
     assert _trouble(qemu).finding == "gen0: the guest is gone"
+
+
+@pytest.mark.parametrize(
+    "error", [GdbError("gdb stub: the guest is gone"), BrokenPipeError(32, "Broken pipe")]
+)
+def test_qemu_ends_under_our_hands(qemu: FakeQemu, error: Exception) -> None:
+    """A panic on the way to the jump ends QEMU: that is the guest's trouble, not a wrong call."""
+
+    def ends(timeout: float) -> bool:
+        qemu.console.feed(b"Kernel panic - not syncing: Fatal exception\n")
+        raise error
+
+    qemu.gdb.wait_stop = ends  # type: ignore[method-assign]
+    finding = _trouble(qemu).finding
+    assert finding.startswith("gen0: ")
+    assert finding.endswith(": Kernel panic - not syncing: Fatal exception")
+
+
+def test_a_guest_that_babbles(qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in the port is the guest's trouble as well, also while its last words are awaited."""
+    monkeypatch.setattr(run_module, "_LAST_WORDS_SECONDS", 5.0)
+
+    def noise(timeout: float) -> Iterator[Event]:
+        raise ChannelError("guest: 'x' is neither a message nor a file")
+        yield
+
+    qemu.pump = noise  # type: ignore[method-assign]
+    with pytest.raises(KhoSimError, match="gen0: guest: 'x' is neither") as caught:
+        Lab(qemu, KERNEL, timeout=5).run(1)  # type: ignore[arg-type]
+    assert isinstance(caught.value, GuestTrouble)
 
 
 def test_a_wrong_generation(qemu: FakeQemu) -> None:

@@ -6,6 +6,7 @@ At each jump the guest is stopped at ``machine_kexec`` (``arch/x86/kernel/machin
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from typing import Protocol
 from khosim.errors import InputError, KhoSimError
 from khosim.inspect.memory import Memory, MemoryReport, inspect_memory
 from khosim.lab.bzimage import BzImage
-from khosim.lab.channel import Event, GuestFile
+from khosim.lab.channel import ChannelError, Event, GuestFile
 from khosim.lab.folder import GenerationFiles, plain_log
+from khosim.lab.gdb import GdbError
 from khosim.lab.guest_ram import RecordingReader
 from khosim.lab.qemu import Qemu
 
@@ -103,14 +105,17 @@ class Lab:
 
     def run(self, handovers: int) -> list[Generation]:
         """All generations, ``handovers`` + 1 of them; :class:`GuestTrouble` where one fails."""
-        self._qemu.gdb.resume()
-        generations = []
-        for index in range(handovers + 1):
-            generation = self._boot(index, handovers)
-            generations.append(generation)
-            if index < handovers:
-                self._jump(generation)
-        self._qemu.answer()
+        generations: list[Generation] = []
+        try:
+            self._qemu.gdb.resume()
+            for index in range(handovers + 1):
+                generations.append(self._boot(index, handovers))
+                if index < handovers:
+                    self._jump(generations[-1])
+            self._qemu.answer()
+        except (GdbError, ChannelError, OSError) as error:
+            # Most of all where QEMU ends under our hands, as it does when the guest panics.
+            raise self._trouble(f"gen{max(0, len(generations) - 1)}: {error}") from None
         return generations
 
     # -- one generation ---------------------------------------------------------------------------
@@ -242,9 +247,10 @@ class Lab:
     def _trouble(self, finding: str) -> GuestTrouble:
         """Take the console's last words, and say what they mean."""
         end = time.monotonic() + _LAST_WORDS_SECONDS
-        while time.monotonic() < end and not self._qemu.is_gone:
-            for _ in self._qemu.pump(_POLL_SECONDS):
-                pass
+        with contextlib.suppress(ChannelError):
+            while time.monotonic() < end and not self._qemu.is_gone:
+                for _ in self._qemu.pump(_POLL_SECONDS):
+                    pass
         said = self._qemu.console.trouble()
         if said is not None:
             finding = f"{finding}: {said}"
