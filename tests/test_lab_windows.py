@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from khosim.inspect.memory import Memory, inspect_memory
 from khosim.lab.belongings import csum_partial
 from khosim.lab.guest_ram import RecordingReader
 from khosim.lab.predecessor import DEFAULT_REGION, Handed, Predecessor
+from khosim.lab.reach import read_the_rest
 from khosim.lab.windows import carve, memmap_options, windows_of
 from khosim.machine.memory_map import RAM, MemoryMap
 
@@ -161,6 +163,25 @@ def test_the_guest_then_holds_a_sound_handover(
     }
     assert sizes == {key: len(file.content) for key, file in done.belongings.files.items()}
     assert len(sizes) == 5
+
+
+def test_the_test_modules_list_is_reached(
+    handed: tuple[Predecessor, Guest, Handed],
+) -> None:
+    """Its chunk and the page with the folios' addresses are read, and no more."""
+    _, guest, done = handed
+    inner: Any = Pages(guest.pages, 4096)
+    report = inspect_memory(Memory("guest", "guest", inner, 4096), fdt_phys=FDT_PHYS)
+    reader = RecordingReader(inner)
+    read_the_rest(report.handover, reader)
+    blob = report.handover.subtrees["kho_test"].start >> 12
+    chunk, listed = sorted(
+        reader.pfns - {blob}, key=lambda pfn: guest.pages[pfn][16:24] != bytes(8)
+    )
+    assert int.from_bytes(guest.pages[chunk][8:16], "little") == listed << 12
+    words = [int.from_bytes(guest.pages[listed][at : at + 8], "little") for at in range(0, 112, 8)]
+    assert {(word & -4096, word & 4095) for word in words} <= set(done.blocks)
+    assert len(reader.pfns) == 3
 
 
 def test_every_order_is_preserved(handed: tuple[Predecessor, Guest, Handed]) -> None:

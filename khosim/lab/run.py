@@ -20,6 +20,7 @@ from khosim.lab.folder import GenerationFiles, plain_log
 from khosim.lab.gdb import GdbError
 from khosim.lab.guest_ram import RecordingReader
 from khosim.lab.qemu import Qemu
+from khosim.lab.reach import read_the_rest
 
 __all__ = ("Generation", "GuestTrouble", "Lab", "Observer", "RetrievedFile")
 
@@ -217,6 +218,7 @@ class Lab:
         reader = RecordingReader(self._qemu.ram)
         memory = Memory(f"{generation.name} at its jump", "guest memory", reader, _PAGE)
         generation.handover = inspect_memory(memory, name=generation.name, fdt_phys=fdt_phys)
+        read_the_rest(generation.handover.handover, reader)
         generation.files.add_handover(generation.handover, reader)
         handover = generation.handover.handover
         self._progress(
