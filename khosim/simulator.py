@@ -217,11 +217,13 @@ class Machine:
         config: KernelConfig | None = None,
         kernel_size: int | str | None = None,
         initrd: int | str | None = None,
+        finalize: bool = True,
     ) -> None:
         """``kexec_file_load`` and the jump, without booting: RAM and registers are ready.
 
-        What is not given is as at the last boot. Raises the load's
-        :class:`~khosim.errors.KernelError`; the kernel is dead after a jump.
+        What is not given is as at the last boot. Where the release wants the handover to be
+        finalized, user space does so first, unless it has or ``finalize`` is False. Raises the
+        load's :class:`~khosim.errors.KernelError`; the kernel is dead after a jump.
         """
         if kernel.host is not self:
             raise KhoSimError(f"{kernel!r} does not run on this machine")
@@ -235,6 +237,8 @@ class Machine:
         if initrd_bytes is None:
             initrd_bytes = self._initrd_bytes(initrd)
         cmdline = last_cmdline if cmdline is None else cmdline
+        if finalize:
+            kernel.finalize()
         kimage = kernel.kexec_file_load(image, initrd_bytes=initrd_bytes, cmdline=cmdline)
         kernel.kernel_kexec(kimage)
         self._last_boot = (image, initrd_bytes, cmdline)

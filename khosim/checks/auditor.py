@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from khosim.checks.decode import decode_handover
+from khosim.checks.formats import format_of
 from khosim.checks.history import Handed, History
 from khosim.checks.invariants import INVARIANTS, Invariant
 from khosim.checks.look import AT_ANY_TIME, BOOTED, IN_BETWEEN, JUMP, TAKEOVER, Look
@@ -131,7 +132,12 @@ class Auditor:
     def _find(self, kernel: KernelView) -> Handed:
         # A handover whose jump nobody watched: what the new kernel found is all that is known.
         hardware = self.hardware
-        handover = decode_handover(hardware.ram, kernel.kho_in.fdt_phys, hardware.page_size)
+        handover = decode_handover(
+            hardware.ram,
+            kernel.kho_in.fdt_phys,
+            hardware.page_size,
+            written=format_of(kernel.release),
+        )
         scratch = Look(hardware, kernel, TAKEOVER, self._history).scratch
         is_sound = not handover.problems
         return Handed(hardware, handover, None, is_sound, scratch, kernel.generation - 1, None)

@@ -36,6 +36,7 @@ from khosim.errors import InputError
 
 if TYPE_CHECKING:
     from khosim.checks.decode_chunks import Chunk
+    from khosim.checks.decode_root import Format
     from khosim.checks.reader import Problem, Reader
 
 __all__ = (
@@ -73,11 +74,17 @@ class Handover:
 
 
 def decode_handover(
-    reader: Reader, fdt_phys: int, page_size: int, *, preserve_bits: int | None = None
+    reader: Reader,
+    fdt_phys: int,
+    page_size: int,
+    *,
+    preserve_bits: int | None = None,
+    written: Format | None = None,
 ) -> Handover:
     """Decode the handover whose root FDT is in the page at ``fdt_phys``.
 
-    ``preserve_bits`` is the size of a kho-v1 bitmap, found out where it is None.
+    ``preserve_bits`` is the size of a kho-v1 bitmap, found out where it is None; ``written`` is a
+    format that Linux does not have.
     Never raises on what memory holds: everything odd is in ``problems``. :class:`InputError` only
     where ``page_size`` is none that a kernel has.
     """
@@ -90,7 +97,7 @@ def decode_handover(
     preserved = None
     subtrees: dict[str, Region] = {}
     if fdt.root is not None:
-        root = decode_root(fdt.root, fdt_phys, log, reader)
+        root = decode_root(fdt.root, fdt_phys, log, reader, written)
         compatible, subtrees = root.compatible, root.subtrees
         if root.map_phys is not None:
             map_phys = root.map_phys

@@ -35,6 +35,7 @@ __all__ = (
     "KexecMetadata",
     "Region",
     "RootFdt",
+    "Tracker",
     "decode_kexec_metadata",
     "decode_reserve_mem",
     "decode_root",
@@ -65,12 +66,13 @@ class KexecMetadata(NamedTuple):
     kexec_count: int
 
 
-class _Tracker(Protocol):
+class Tracker(Protocol):
     """Decodes a preserved-memory map of one format."""
 
     def __call__(
         self, reader: Reader, map_phys: int, page_size: int, preserve_bits: int | None, /
-    ) -> Preserved: ...
+    ) -> Preserved:
+        """What the map at ``map_phys`` says; never raises on it."""
 
 
 class Format(NamedTuple):
@@ -82,7 +84,7 @@ class Format(NamedTuple):
     map_prop: bytes
     data_prop: bytes
     size_prop: bytes | None
-    tracker: _Tracker
+    tracker: Tracker
 
 
 def _radix(
@@ -111,12 +113,20 @@ class RootFdt(NamedTuple):
     subtrees: dict[str, Region]
 
 
-def decode_root(root: Node, phys: int, log: ProblemLog, reader: Reader | None = None) -> RootFdt:
+def decode_root(
+    root: Node,
+    phys: int,
+    log: ProblemLog,
+    reader: Reader | None = None,
+    written: Format | None = None,
+) -> RootFdt:
     """Read a root node; ``phys`` is the address of its FDT, for problems.
 
-    Without a ``reader``, sizes that only memory tells are 0.
+    Without a ``reader``, sizes that only memory tells are 0. ``written`` is the format, where it is
+    known to be none of :data:`FORMATS`.
     """
     known, compatible = _format(root, phys, log)
+    known = known if written is None else written
     map_phys = root.u64(known.map_prop)
     if map_phys is None:
         log.add("kho-map", phys, f"root node has no u64 {known.map_prop.decode()}", "/")

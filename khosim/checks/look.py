@@ -14,6 +14,7 @@ import numpy as np
 
 from khosim.checks.census import take_census
 from khosim.checks.decode import decode_handover
+from khosim.checks.formats import format_of, preserve_bits_of
 from khosim.checks.history import owner_of, scratch_areas
 from khosim.checks.preserved import covered_ranges
 from khosim.checks.violation import Violation
@@ -173,10 +174,17 @@ class Look:
         if image is not None:
             fdt_phys = 0 if image.kho_scratch is None else image.kho_fdt
         else:
-            fdt_phys = kernel.kho_out.fdt_phys if kernel.kho_enable else 0
+            fdt_phys = kernel.kho_out.handover_phys if kernel.kho_enable else 0
         if not fdt_phys:
             return None
-        handover = decode_handover(self.hardware.ram, fdt_phys, self.page_size)
+        release = kernel.release
+        handover = decode_handover(
+            self.hardware.ram,
+            fdt_phys,
+            self.page_size,
+            preserve_bits=preserve_bits_of(release, self.page_size),
+            written=format_of(release),
+        )
         return Outgoing(handover, self.scratch, kernel.release.kho_compatible)
 
     def changed(self) -> list[int]:

@@ -111,7 +111,9 @@ def _mm_core_init_early(kernel: Kernel) -> None:
     kernel.phase = "mm_core_init_early"
     kernel.kho_in.memory_init_early()
     _check_nodes(kernel)
-    kernel.pages.free_area_init(kernel.memblock.for_each_mem_pfn_range())
+    kernel.pages.free_area_init(
+        kernel.memblock.for_each_mem_pfn_range(), deferred=kernel.release.deferred_struct_pages
+    )
     if kernel.arch.name == "x86_64":
         known = kernel.memory_nodes()
         offline = [n for n in kernel.hardware.memory_map.online_nodes if n not in known]
@@ -197,10 +199,14 @@ def _initcalls(kernel: Kernel) -> None:
     kernel.pages.page_alloc_init_late()
     kernel.phase = "initcalls"
     boot_hugetlb.hugetlb_init(kernel)  # subsys_initcall
-    kho_init(kernel)  # fs_initcall
+    if kernel.release.kho_init_level == "fs":
+        kho_init(kernel)  # fs_initcall
     kernel.phase = "initcalls"
     _free_initrd_mem(kernel)  # rootfs_initcall
-    # late_initcalls, in the order of linking: kernel/liveupdate, mm/memblock.c, mm/memfd_luo.c
+    # late_initcalls, in the order of linking: kernel/, mm/memblock.c, mm/memfd_luo.c
+    if kernel.release.kho_init_level == "late":
+        kho_init(kernel)
+        kernel.phase = "initcalls"
     kernel.liveupdate.late_init()
     kernel.reserve_mem.init()
     kernel.liveupdate.memfd_init()

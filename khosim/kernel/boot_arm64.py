@@ -49,7 +49,7 @@ def setup_arch(kernel: Kernel, entry: int, dtb_phys: int) -> None:
     options = kernel.options
     options.parse_early(
         kernel.cmdline,
-        lambda text: kernel.scratch_sizes.parse(text, kernel.printk),
+        lambda text: kernel.scratch_sizes.parse(text, kernel.printk, kernel.release),
         kernel.printk,
     )
     kernel.kho_enable = options.kho

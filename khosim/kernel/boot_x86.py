@@ -69,7 +69,7 @@ def setup_arch(kernel: Kernel, entry: int, params_phys: int) -> None:
     options = kernel.options
     options.parse_early(
         kernel.cmdline,
-        lambda text: kernel.scratch_sizes.parse(text, kernel.printk),
+        lambda text: kernel.scratch_sizes.parse(text, kernel.printk, kernel.release),
         kernel.printk,
     )
     kernel.kho_enable = options.kho

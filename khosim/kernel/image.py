@@ -175,7 +175,9 @@ def read_kernel_config(data: bytes) -> KernelConfig:
         if crc32(text) != checksum:
             raise ValueError("what a flipped bit does to code is anybody's guess, but no good")
         fields = json.loads(text)
-        release = Release(**fields.pop("release"))
+        behaviours = fields.pop("release")
+        behaviours["functions"] = tuple(behaviours["functions"])
+        release = Release(**behaviours)
         nodes = tuple(fields.pop("cpu_nodes"))
         return KernelConfig(release=release, cpu_nodes=nodes, **fields)
     except (ValueError, TypeError, AttributeError, KeyError):

@@ -23,6 +23,7 @@ from khosim.kernel.kho_debugfs import KhoDebugfs
 from khosim.kernel.kho_in import KHO_PAGE_MAGIC, KhoIn
 from khosim.kernel.kho_out import KhoOut
 from khosim.kernel.kho_scratch import ScratchSizes
+from khosim.kernel.kmalloc_cache import KmallocCache
 from khosim.kernel.liveupdate.luo_core import Luo
 from khosim.kernel.memblock import Memblock
 from khosim.kernel.memfd import MFD_ALLOW_SEALING, Memfd, memfd
@@ -81,6 +82,7 @@ class Kernel(DirectMap, KhoCalls):
         "messages",
         "nr_kernel_pages",
         "options",
+        "page_cache",
         "pages",
         "phase",
         "present_sections",
@@ -152,6 +154,7 @@ class Kernel(DirectMap, KhoCalls):
         self.nr_kernel_pages = 0
         """Free pages when the zones were laid out: what hash tables are sized by."""
         self.slab_available = False
+        self.page_cache: KmallocCache | None = None
         self.present_sections: list[tuple[int, int]] = []
         self._by: dict[str, Writer] = {}
         self._warned: set[str] = set()
@@ -250,9 +253,17 @@ class Kernel(DirectMap, KhoCalls):
                 self.emit(symbol, {}, phys)
         return nodes
 
+    def kzalloc_page(self) -> int:
+        """``kzalloc(PAGE_SIZE)`` of ``kho_init``: an object's address, or 0."""
+        if self.page_cache is None:
+            self.page_cache = KmallocCache(self, self.arch.page_size)
+        return self.page_cache.kzalloc("kho_init")
+
     def kho_radix_free_node(self, phys: int) -> None:
         """Give a tree's page back to where it came from."""
-        if self.slab_available:
+        if self.page_cache is not None and self.page_cache.holds(phys):
+            self.page_cache.kfree(phys)
+        elif self.slab_available:
             self.pages.free_pages(phys >> self.arch.page_shift, 0)
         else:
             self.memblock.memblock_phys_free(phys, self.arch.page_size)
@@ -360,9 +371,14 @@ class Kernel(DirectMap, KhoCalls):
             order,
             compound,
             pfn & -(1 << order),
-            self.pages.pages.page_private(pfn, KHO_PAGE_MAGIC),
+            self.pages.pages.page_private(pfn, self.kho_page_magic),
             owner,
         )
+
+    @property
+    def kho_page_magic(self) -> int:
+        """What marks ``page->private`` of a preserved page: a number, or 0 before 6.18."""
+        return KHO_PAGE_MAGIC if self.release.page_magic else 0
 
     def free_reserved_area(self, start: int, end: int, what: str | None, poison: int = -1) -> int:
         """``free_reserved_area``: whole pages of [start, end) go to the buddy; returns how many.
@@ -406,6 +422,18 @@ class Kernel(DirectMap, KhoCalls):
         self.check_alive()
         restored = self.kho_in.restore_folio(phys)
         return None if restored is None else Folio(self, *restored)
+
+    def finalize(self) -> None:
+        """What user space does before it loads an image: write 1 to ``out/finalize``.
+
+        Nothing where KHO is off, where there is no such file, and where a second time is refused.
+        """
+        self.check_alive()
+        release = self.release
+        if not release.finalize or not self.kho_enable:
+            return
+        if release.finalize == "refresh" or not self.kho_out.finalized:
+            self.debugfs.write("out/finalize", 1)
 
     # -- kexec ----------------------------------------------------------------------------------
 

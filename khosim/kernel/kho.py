@@ -72,7 +72,7 @@ def kho_memory_init(kernel: Kernel) -> None:
             kernel.arch,
             kernel.release,
             kernel.scratch_sizes,
-            kernel.memory_nodes(),
+            _scratch_nodes(kernel),
             kernel.by("kho_reserve_scratch"),
             kernel.printk,
         )
@@ -83,6 +83,14 @@ def kho_memory_init(kernel: Kernel) -> None:
             kernel.stale_scratch = (array, count)
     if kernel.trace is not None:
         kernel.emit("kho_memory_init", {"scratch": scratch_areas(kernel)}, kernel.kho_enable)
+
+
+def _scratch_nodes(kernel: Kernel) -> list[int]:
+    nodes = kernel.memory_nodes()
+    if kernel.release.scratch_skips_memoryless:
+        return nodes
+    # for_each_online_node, until 427b2535f513 ("kho: skip memoryless NUMA nodes ...") in 6.19.
+    return sorted({*nodes, *kernel.hardware.memory_map.online_nodes})
 
 
 def kho_init(kernel: Kernel) -> int:
@@ -99,6 +107,8 @@ def kho_init(kernel: Kernel) -> int:
 def _kho_init(kernel: Kernel) -> int:
     out = kernel.kho_out
     incoming = kernel.kho_in.fdt()
+    if kernel.release.finalize == "notifiers":
+        return _kho_init_late(kernel, incoming)
     error = out.tree.init_tree()
     if error:
         return _kho_init_failed(kernel, error)
@@ -124,12 +134,34 @@ def _kho_init(kernel: Kernel) -> int:
     if incoming is not None:
         kernel.debugfs.in_init(incoming)
         return 0
-    shift = kernel.arch.page_shift
-    for addr, size in scratch_areas(kernel):
-        kernel.pages.init_cma_reserved(addr >> shift, (addr + size) >> shift)
+    _free_scratch(kernel)
     size = kernel.fdt_totalsize(out.fdt_phys)
     kernel.debugfs.blob_add("out", "fdt", out.fdt_phys, size, root=True)
     return 0
+
+
+def _kho_init_late(kernel: Kernel, incoming: memoryview | None) -> int:
+    # kho_init @ 6.16 to 6.18: the root FDT's page is there, and not even cleared.
+    pfn = kernel.pages.alloc_pages(0, "kho_init")
+    if pfn is None:
+        return _kho_init_failed(kernel, -errno.ENOMEM)
+    kernel.kho_out.fdt_phys = pfn << kernel.arch.page_shift
+    kernel.debugfs.open()
+    if incoming is not None:
+        kernel.debugfs.in_init(incoming)
+    else:
+        _free_scratch(kernel)
+    return 0
+
+
+def _free_scratch(kernel: Kernel) -> None:
+    # init_cma_reserved_pageblock for all of each area, and for what lies behind its end up to the
+    # end of a pageblock.
+    shift = kernel.arch.page_shift
+    block = 1 << kernel.arch.pageblock_order
+    for addr, size in scratch_areas(kernel):
+        nr_pages = -(-(size >> shift) // block) * block
+        kernel.pages.init_cma_reserved(addr >> shift, (addr >> shift) + nr_pages)
 
 
 def _kho_init_failed(kernel: Kernel, error: int) -> int:
@@ -143,7 +175,10 @@ def _kho_init_failed(kernel: Kernel, error: int) -> int:
 
 def kho_fill_kimage(kernel: Kernel, image: Kimage) -> None:
     """``kho_fill_kimage``: give a (not crash) image the FDT's address and the scratch array."""
-    if not kernel.kho_enable or image.is_crash:
+    release = kernel.release
+    if not kernel.kho_enable or (image.is_crash and not release.fill_crash_image):
+        return
+    if release.fill_kimage == "finalized" and not kernel.kho_out.finalized:
         return
     image.kho_fdt = kernel.kho_out.fdt_phys
     size = kernel.kho_scratch_cnt * 16

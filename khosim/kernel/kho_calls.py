@@ -2,20 +2,23 @@
 
 Models the exported functions of ``kernel/liveupdate/kexec_handover.c`` @ 7.3 under their names;
 :mod:`~khosim.kernel.kho_out`, :mod:`~khosim.kernel.kho_in` and :mod:`~khosim.kernel.kho` do the
-work. Each refuses on a kernel that has jumped. Left out: ``kho_preserve_vmalloc`` and friends.
+work. Each refuses on a kernel that has jumped, and where the release has no such function. Left
+out: ``kho_preserve_vmalloc`` and friends.
 """
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
-from khosim.errors import InputError, KhoSimError
+from khosim.errors import InputError, KernelError, KhoSimError
 
 if TYPE_CHECKING:
     from khosim.kernel.kho_in import KhoIn
-    from khosim.kernel.kho_out import KhoOut
+    from khosim.kernel.kho_out import KhoNotifier, KhoOut
     from khosim.kernel.kho_radix import Pfns
     from khosim.kernel.page import Folio
+    from khosim.kernel.release import Release
 
 __all__ = ("KhoCalls",)
 
@@ -34,6 +37,12 @@ class KhoCalls:
     generation: int
     kho_in: KhoIn
     kho_out: KhoOut
+    release: Release
+
+    def check_call(self, function: str) -> None:
+        """Raise where ``function`` cannot be called: on a dead kernel, or if there is none."""
+        self.check_alive()
+        self.release.require(function)
 
     def check_alive(self) -> None:
         """Raise where a user holds on to a kernel that has jumped or died."""
@@ -63,29 +72,51 @@ class KhoCalls:
         self.check_alive()
         self.kho_out.preserve_folios(pfns, order)
 
+    def kho_preserve_phys(self, phys: int, size_bytes: int) -> None:
+        """``kho_preserve_phys`` (6.16 and 6.17); see :meth:`KhoOut.preserve_phys`."""
+        self.check_call("kho_preserve_phys")
+        self.kho_out.preserve_phys(phys, size_bytes)
+
+    def register_kho_notifier(self, notifier: KhoNotifier) -> None:
+        """``register_kho_notifier`` (to 6.18): ``notifier`` is called when KHO is finalized.
+
+        It gets "KEXEC_KHO_FINALIZE" or "KEXEC_KHO_ABORT" and returns 0 or a negative errno.
+        """
+        self.check_call("register_kho_notifier")
+        self.kho_out.notifiers.append(notifier)
+
+    def unregister_kho_notifier(self, notifier: KhoNotifier) -> None:
+        """``unregister_kho_notifier``; raises -ENOENT for one that is not registered."""
+        self.check_call("register_kho_notifier")
+        if notifier not in self.kho_out.notifiers:
+            raise KernelError(errno.ENOENT, "unregister_kho_notifier", "not registered")
+        self.kho_out.notifiers.remove(notifier)
+
     def kho_unpreserve_folio(self, folio: Folio) -> None:
         """``kho_unpreserve_folio``; see :meth:`KhoOut.unpreserve_folio`."""
+        self.check_call("kho_unpreserve_folio")
         self._check_own(folio)
         self.kho_out.unpreserve_folio(folio.pfn, folio.order)
 
     def kho_preserve_pages(self, pfn: int, nr_pages: int) -> None:
         """``kho_preserve_pages``; see :meth:`KhoOut.preserve_pages`."""
-        self.check_alive()
+        self.check_call("kho_preserve_pages")
         self.kho_out.preserve_pages(pfn, nr_pages)
 
     def kho_unpreserve_pages(self, pfn: int, nr_pages: int) -> None:
         """``kho_unpreserve_pages``; see :meth:`KhoOut.unpreserve_pages`."""
-        self.check_alive()
+        self.check_call("kho_unpreserve_pages")
         self.kho_out.unpreserve_pages(pfn, nr_pages)
 
     def kho_alloc_preserve(self, size_bytes: int) -> Folio:
         """``kho_alloc_preserve``; see :meth:`KhoOut.alloc_preserve`."""
-        self.check_alive()
+        self.check_call("kho_alloc_preserve")
         _check_u64("size_bytes", size_bytes)
         return self.kho_out.alloc_preserve(size_bytes)
 
     def kho_unpreserve_free(self, folio: Folio) -> None:
         """``kho_unpreserve_free``; see :meth:`KhoOut.unpreserve_free`."""
+        self.check_call("kho_unpreserve_free")
         self._check_own(folio)
         self.kho_out.unpreserve_free(folio)
 
@@ -100,7 +131,7 @@ class KhoCalls:
 
     def kho_remove_subtree(self, phys: int) -> None:
         """``kho_remove_subtree``; see :meth:`KhoOut.remove_subtree`."""
-        self.check_alive()
+        self.check_call("kho_remove_subtree")
         _check_u64("phys", phys)
         self.kho_out.remove_subtree(phys)
 
@@ -111,10 +142,10 @@ class KhoCalls:
 
     def kho_restore_pages(self, phys: int, nr_pages: int) -> int | None:
         """``kho_restore_pages``; see :meth:`KhoIn.restore_pages`."""
-        self.check_alive()
+        self.check_call("kho_restore_pages")
         return self.kho_in.restore_pages(phys, nr_pages)
 
     def kho_restore_free(self, phys: int) -> None:
         """``kho_restore_free``; see :meth:`KhoIn.restore_free`."""
-        self.check_alive()
+        self.check_call("kho_restore_free")
         self.kho_in.restore_free(phys)

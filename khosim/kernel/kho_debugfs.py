@@ -12,6 +12,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from khosim.abi import fdt
+from khosim.errors import KernelError
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
@@ -62,6 +63,12 @@ class KhoDebugfs:
                 del self._blobs[path]
                 return
 
+    def remove_all(self, side: str) -> None:
+        """``kho_out_update_debugfs_fdt`` after an abort: the files of all blobs of a side."""
+        self._blobs = {
+            path: blob for path, blob in self._blobs.items() if not path.startswith(f"{side}/")
+        }
+
     def in_init(self, tree: memoryview) -> None:
         """``kho_in_debugfs_init``: one file per subtree of the predecessor that is sound."""
         kernel = self._kernel
@@ -73,7 +80,7 @@ class KhoDebugfs:
             raw, _ = fdt.fdt_get_name(tree, child)
             name = bytes(raw or b"").decode("ascii", "backslashreplace")
             phys, length = fdt.fdt_getprop(tree, child, release.subtree_phys_prop)
-            size, size_length = fdt.fdt_getprop(tree, child, release.subtree_size_prop)
+            size, size_length = self._size_of(tree, child, phys)
             if phys is not None and length != 8:
                 kernel.printk(
                     f"KHO: node {name} prop {release.subtree_phys_prop} has invalid length: "
@@ -92,11 +99,35 @@ class KhoDebugfs:
                     )
             child = fdt.fdt_next_subnode(tree, child)
 
+    def _size_of(
+        self, tree: memoryview, child: int, phys: memoryview | None
+    ) -> tuple[memoryview | bytes | None, int]:
+        # The size property, or where there is none fdt_totalsize of the blob.
+        kernel = self._kernel
+        if kernel.release.subtree_size_prop:
+            return fdt.fdt_getprop(tree, child, kernel.release.subtree_size_prop)
+        if phys is None or len(phys) != 8:
+            return None, 0
+        at = kernel.virt(struct.unpack("<Q", phys)[0], 8)
+        return struct.pack("<Q", kernel.fdt_totalsize(at)), 8
+
     def files(self) -> list[str]:
         """Paths below ``kho/``, sorted; empty while KHO is off."""
         if not self._open:
             return []
-        return sorted(["out/scratch_len", "out/scratch_phys", *self._blobs])
+        finalize = ["out/finalize"] if self._kernel.release.finalize else []
+        return sorted([*finalize, "out/scratch_len", "out/scratch_phys", *self._blobs])
+
+    def write(self, path: str, value: int) -> None:
+        """Write a number to a file; ``out/finalize`` is the only one that can be written.
+
+        Raises what :func:`~khosim.kernel.kho_finalize.set_finalize` does.
+        """
+        from khosim.kernel.kho_finalize import set_finalize
+
+        if path != "out/finalize":
+            raise KernelError(errno.EACCES, "debugfs", f"{path} is read-only")
+        set_finalize(self._kernel, value)
 
     def read(self, path: str, len_bytes: int = _MAX_RW_COUNT) -> bytes:
         """The first ``len_bytes`` of a file; ``KeyError`` for one that :meth:`files` does not list.
@@ -108,6 +139,8 @@ class KhoDebugfs:
         if path in ("out/scratch_phys", "out/scratch_len") and self._open:
             column = 0 if path.endswith("phys") else 1
             return "".join(f"{area[column]:#x}\n" for area in kernel.scratch_areas()).encode()
+        if path == "out/finalize" and path in self.files():
+            return b"%d\n" % kernel.kho_out.finalized
         phys, size_bytes = self._blobs[path]
         size_bytes = min(size_bytes, len_bytes)
         if not size_bytes:

@@ -27,11 +27,14 @@ from khosim.errors import KernelError, KernelPanic
 from khosim.kernel.early_ioremap import early_fault, early_memremap
 from khosim.kernel.kho_out import int_shift
 from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
+from khosim.kernel.kho_reserve import reserve_blocks
 from khosim.kernel.kho_scratch import kho_extend_scratch, read_scratch_array
+from khosim.kernel.kho_tracker import make_tracker
 from khosim.kernel.page_map import INCOMING, PageState
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
+    from khosim.kernel.kho_tracker import BlockTracker, Tracker
 
 __all__ = ("FDT_MAX_BYTES", "KHO_PAGE_MAGIC", "KhoIn")
 
@@ -69,7 +72,7 @@ class KhoIn:
         self.scratch_phys = 0
         self.previous_release = ""
         self.kexec_count = 0
-        self.tree = KhoRadixTree(kernel)
+        self.tree: Tracker = make_tracker(kernel)
         self.restored: list[tuple[int, int]] = []
         """``(pfn, order)`` of every block that was restored, in order."""
 
@@ -78,25 +81,28 @@ class KhoIn:
     def populate(self, fdt_phys: int, fdt_len: int, scratch_phys: int, scratch_len: int) -> None:
         """``kho_populate``: accept the handover, or say why not and boot without it."""
         kernel = self._kernel
-        if self._populate(fdt_phys, fdt_len, scratch_phys, scratch_len):
-            kernel.printk("KHO: found kexec handover data.")
+        error = self._populate(fdt_phys, fdt_len, scratch_phys, scratch_len)
+        if not error:
+            more = " Will skip init for some devices" if kernel.release.skip_init_told else ""
+            kernel.printk(f"KHO: found kexec handover data.{more}")
         else:
-            kernel.printk("KHO: disabling KHO revival")
+            number = f": {error}" if kernel.release.revival_errno_told else ""
+            kernel.printk(f"KHO: disabling KHO revival{number}")
         if kernel.trace is not None:
             args = {"fdt_phys": fdt_phys, "scratch_phys": scratch_phys, "scratch_len": scratch_len}
             kernel.emit("kho_populate", args, bool(self.fdt_phys))
 
-    def _populate(self, fdt_phys: int, fdt_len: int, scratch_phys: int, scratch_len: int) -> bool:
+    def _populate(self, fdt_phys: int, fdt_len: int, scratch_phys: int, scratch_len: int) -> int:
         kernel = self._kernel
         printk = kernel.printk
         tree = early_memremap(kernel, fdt_phys, fdt_len)
         if tree is None:
             printk(f"KHO: setup: failed to memremap FDT ({fdt_phys:#x})")
-            return False
+            return -errno.EFAULT
         error = self._mapped(tree, fdt_phys, fdt.fdt_check_header(tree, addr=fdt_phys))
         if error:
             printk(f"KHO: setup: handover FDT ({fdt_phys:#x}) is invalid: {error}")
-            return False
+            return -errno.EINVAL
         compatible = kernel.release.kho_compatible
         error = fdt.fdt_node_check_compatible(tree, 0, compatible)
         error = self._mapped(tree, fdt_phys, error)
@@ -105,16 +111,17 @@ class KhoIn:
                 f"KHO: setup: handover FDT ({fdt_phys:#x}) is incompatible with "
                 f"'{compatible}': {error}"
             )
-            return False
-        if not self._mem_map_phys(tree, fdt_phys):
-            return False
+            return -errno.EINVAL
+        release = kernel.release
+        if not release.empty_map_accepted and not self._mem_map_phys(tree, fdt_phys):
+            return -errno.ENOENT
         array = early_memremap(kernel, scratch_phys, scratch_len)
         if array is None:
             printk(
                 f"KHO: setup: failed to memremap scratch (phys={scratch_phys:#x}, "
                 f"len={_signed(scratch_len)})"
             )
-            return False
+            return -errno.EFAULT
         memblock = kernel.memblock
         # The kernel counts the entries, like the pages it maps, in 32 bits.
         scratch_cnt = (scratch_len >> 4) & _U32
@@ -125,13 +132,13 @@ class KhoIn:
             if error:
                 name = errno.errorcode.get(-error, str(error))
                 printk(f"KHO: failed to mark the scratch region {addr:#x}+{size:#x}: -{name}")
-                return False
+                return error
         memblock.memblock_reserve(scratch_phys, scratch_len)
         memblock.memblock_set_kho_scratch_only()
         self.fdt_phys = fdt_phys
         self.scratch_phys = scratch_phys
         kernel.kho_scratch_cnt = scratch_cnt
-        return True
+        return 0
 
     def _mapped(self, tree: memoryview, phys: int, result: int) -> int:
         # libfdt trusts the header's size. Where that is more than the kernel has mapped, reading on
@@ -147,7 +154,8 @@ class KhoIn:
         value, length = fdt.fdt_getprop(tree, 0, self._kernel.release.memory_map_prop)
         self._mapped(tree, phys, length)
         if value is None or length != 8:
-            self._kernel.printk("KHO: failed to get preserved memory map")
+            what = "map" if self._kernel.release.tracker != "chunks" else "bitmaps"
+            self._kernel.printk(f"KHO: failed to get preserved memory {what}")
             return 0
         return int(_U64_LE.unpack(value)[0])
 
@@ -164,19 +172,23 @@ class KhoIn:
         if tree is None:
             return
         mem_map = self._mem_map_phys(tree, self.fdt_phys)
-        if not mem_map:
+        if not mem_map and not kernel.release.empty_map_accepted:
             kernel.warn("WARNING: kho_memory_init_early: no memory map")
             self.fdt_phys = self.scratch_phys = 0
             return
         kernel.kho_scratch_phys = self.scratch_phys
-        self.tree.init_tree(mem_map)
-        if kernel.release.scratch_extension:
+        if mem_map:
+            self.tree.init_tree(mem_map)
+        if kernel.release.scratch_extension and isinstance(self.tree, KhoRadixTree):
             kho_extend_scratch(kernel.memblock, kernel, self.tree, kernel.printk)
         if kernel.trace is not None:
             kernel.emit("kho_memory_init_early", {"mem_map": mem_map}, None)
 
     def mem_retrieve(self) -> None:
         """``kho_mem_retrieve``: reserve everything that the predecessor preserved."""
+        if not isinstance(self.tree, KhoRadixTree):
+            self._mem_deserialize(self.tree)
+            return
         if not self.tree.root:
             # kho_radix_walk_tree refuses a tree without root; KHO users see a cold boot.
             self._kernel.warn("WARNING: kho_radix_walk_tree: tree has no root")
@@ -201,7 +213,18 @@ class KhoIn:
                 ):
                     self._check_hostile(phys, order, nr_blocks)
             runs += decoded
-        self._reserve(runs)
+        if self._kernel.release.reserve_size_is_int:
+            reserve_blocks(self._kernel, runs, "kho_preserved_memory_reserve")
+        else:
+            self._reserve(runs)
+
+    def _mem_deserialize(self, tracker: BlockTracker) -> None:
+        # kho_mem_deserialize; with no map at all there is nothing to do, and no word about it.
+        kernel = self._kernel
+        if tracker.root:
+            reserve_blocks(kernel, tracker.blocks(), "deserialize_bitmap")
+        if kernel.release.restores_root_fdt and self.restore_folio(self.fdt_phys) is None:
+            kernel.printk("KHO: failed to restore folio for KHO fdt")
 
     def _reserve(self, runs: list[tuple[int, int, int]]) -> None:
         # kho_preserved_memory_reserve for every key, in the walk's order.
@@ -274,11 +297,19 @@ class KhoIn:
         pfn = phys >> kernel.arch.page_shift
         if not kernel.pfn_to_online_page(pfn):
             return None
-        private = pages.page_private(pfn, KHO_PAGE_MAGIC)
-        if private >> 32 != KHO_PAGE_MAGIC:
-            kernel.warn_once(f"WARNING: kho_restore_page: no magic at {phys:#x}", "kho_magic")
+        release = kernel.release
+        private = pages.page_private(pfn, KHO_PAGE_MAGIC if release.page_magic else 0)
+        order = private & 0xFFFFFFFF if release.page_magic else private
+        too_large = release.restore_order_cap and order > kernel.arch.max_page_order
+        if not release.page_magic:
+            # Any page will do, until 89a3ecca49ee ("kho: make sure page being restored ...") in
+            # 6.18: nothing tells a preserved one.
+            if too_large:
+                return None
+        elif private >> 32 != KHO_PAGE_MAGIC or too_large:
+            what = "no magic" if private >> 32 != KHO_PAGE_MAGIC else f"order {order}"
+            kernel.warn_once(f"WARNING: kho_restore_page: {what} at {phys:#x}", "kho_magic")
             return None
-        order = private & 0xFFFFFFFF
         nr_pages = int_shift(order)
         if nr_pages < 0:
             raise KernelPanic(
@@ -292,14 +323,20 @@ class KhoIn:
                 f"{order} at {phys:#x} in kho_restore_page",
                 kernel.generation,
             )
-        state = kernel.pages.restored_state(order if is_folio else 0, is_folio and order > 0)
+        compound = order > 0 and (is_folio or release.restore_pages_compound)
+        state = kernel.pages.restored_state(order if compound else 0, compound)
         kept: dict[int, int] = {}
         if pages.private:
             inside = range(pfn + 1, pfn + nr_pages)
             kept = {other: value for other, value in pages.private.items() if other in inside}
         pages.set(pfn, pfn + nr_pages, state)
         pages.private.update(kept)
-        kernel.pages.adjust_managed_page_count(pfn, nr_pages)
+        if not release.restore_clears_private and order:
+            pages.private[pfn] = order
+        if release.restore_inits_refcounts:
+            kernel.pages.adjust_managed_page_count(pfn, nr_pages)
+        else:
+            pages.refs.update(dict.fromkeys(range(pfn + 1, pfn + nr_pages), 1))
         self.restored.append((pfn, order))
         if kernel.trace is not None:
             kernel.emit(symbol, {"phys": phys, "order": order}, pfn)
@@ -354,6 +391,9 @@ class KhoIn:
         if value is None or length != 8:
             raise KernelError(errno.EINVAL, symbol, f"{name}: {release.subtree_phys_prop}")
         phys = int(_U64_LE.unpack(value)[0])
+        if not release.subtree_size_prop:
+            # Only the address is handed out; whoever gets it reads the device tree's header.
+            return phys, kernel.fdt_totalsize(kernel.virt(phys, 8))
         value, length = fdt.fdt_getprop(tree, offset, release.subtree_size_prop)
         if value is None or length != 8:
             kernel.printk(

@@ -13,22 +13,27 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from khosim.abi import fdt
 from khosim.abi.kexec_metadata import KHO_METADATA_NODE_NAME, pack_kexec_metadata
-from khosim.errors import KernelError, KernelPanic
-from khosim.kernel.kho_radix import KhoRadixTree, Pfns, key_base, kho_encode_radix_key
+from khosim.errors import KernelError, KernelPanic, KhoSimError
+from khosim.kernel.kho_radix import Pfns, key_base, kho_encode_radix_key
+from khosim.kernel.kho_tracker import make_tracker
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
+    from khosim.kernel.kho_tracker import Tracker
     from khosim.kernel.page import Folio
 
-__all__ = ("KhoOut",)
+__all__ = ("KhoNotifier", "KhoOut", "int_shift", "root_fdt")
 
 _U64_LE = struct.Struct("<Q")
+KhoNotifier: TypeAlias = Callable[[str], int]
+"""Called with what happens; 0, or a negative errno that ends it."""
 
 
 def int_shift(order: int) -> int:
@@ -37,15 +42,63 @@ def int_shift(order: int) -> int:
     return step - (1 << 32) if step >> 31 else step
 
 
+def root_fdt(kernel: Kernel, symbol: str) -> memoryview:
+    """The page of the outgoing root FDT, for ``symbol`` to write to."""
+    phys = kernel.kho_out.fdt_phys
+    if not phys:
+        # Callers are to ask kho_is_enabled first.
+        raise KernelPanic(
+            f"BUG: kernel NULL pointer dereference: {symbol} without a root FDT",
+            kernel.generation,
+        )
+    return kernel.ram.writable_mv(phys, kernel.arch.page_size, kernel.by(symbol))
+
+
+def append_subtree(kernel: Kernel, name: str, phys: int) -> None:
+    """``kho_add_subtree`` of 6.16 to 6.18: append a node to the root FDT that is being written.
+
+    Only a notifier can: it alone is given the serialization object. Raises libfdt's codes or-ed
+    together as if they were errnos, as the kernel returns them, and -EEXIST of debugfs.
+    """
+    if not kernel.kho_out.is_finalizing:
+        raise KhoSimError(
+            f"kho_add_subtree of Linux {kernel.release.name} can be called by finalize notifiers "
+            "only (register_kho_notifier)"
+        )
+    buf = root_fdt(kernel, "kho_add_subtree")
+    error = fdt.fdt_begin_node(buf, name)
+    error |= fdt.fdt_property(buf, kernel.release.subtree_phys_prop, _U64_LE.pack(phys))
+    error |= fdt.fdt_end_node(buf)
+    if not error:
+        size_bytes = kernel.fdt_totalsize(kernel.virt(phys, 8))
+        error = kernel.debugfs.blob_add("out", name, phys, size_bytes)
+    if kernel.trace is not None:
+        kernel.emit("kho_add_subtree", {"name": name, "phys": phys}, error)
+    if error:
+        raise KernelError(-error, "kho_add_subtree", f"subtree {name!r}")
+
+
 class KhoOut:
     """``struct kho_out``: ``fdt_phys`` is the root FDT's page, ``tree`` the preserved memory."""
 
-    __slots__ = ("_kernel", "fdt_phys", "tree")
+    __slots__ = ("_kernel", "fdt_phys", "finalized", "is_finalizing", "notifiers", "tree")
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self.tree = KhoRadixTree(kernel)
+        self.tree: Tracker = make_tracker(kernel)
         self.fdt_phys = 0
+        self.finalized = False
+        """``kho_out.finalized``, in the releases that have it."""
+        self.is_finalizing = False
+        """Notifiers are being called: only they have what ``kho_add_subtree`` wants."""
+        self.notifiers: list[KhoNotifier] = []
+        """``kho_out.chain_head``, in the order of registration."""
+
+    @property
+    def handover_phys(self) -> int:
+        """Where the root FDT is that an image would be given now; 0 where there is none yet."""
+        is_ready = self.finalized or not self._kernel.release.finalize
+        return self.fdt_phys if is_ready else 0
 
     # -- the root FDT ---------------------------------------------------------------------------
 
@@ -63,15 +116,6 @@ class KhoOut:
         error |= fdt.fdt_end_node(buf)
         error |= fdt.fdt_finish(buf)
         return error
-
-    def _root_fdt(self, symbol: str, page_size: int) -> memoryview:
-        if not self.fdt_phys:
-            # Callers are to ask kho_is_enabled first.
-            raise KernelPanic(
-                f"BUG: kernel NULL pointer dereference: {symbol} without a root FDT",
-                self._kernel.generation,
-            )
-        return self._kernel.ram.writable_mv(self.fdt_phys, page_size, self._kernel.by(symbol))
 
     def kexec_metadata(self, kexec_count: int) -> int:
         """``kho_out_kexec_metadata``: tell the successor who this is; 0 or a negative errno."""
@@ -96,26 +140,28 @@ class KhoOut:
         """
         kernel = self._kernel
         release = kernel.release
+        if release.finalize == "notifiers":
+            append_subtree(kernel, name, phys)
+            return
         page_size = kernel.arch.page_size
-        buf = self._root_fdt("kho_add_subtree", page_size)
+        buf = root_fdt(kernel, "kho_add_subtree")
         if fdt.fdt_open_into(buf, buf, page_size) < 0:
             raise KernelError(errno.ENOMEM, "kho_add_subtree", "the root FDT is damaged")
         error = errno.ENOMEM
         offset = fdt.fdt_add_subnode(buf, 0, name)
         if offset >= 0:
-            failed = fdt.fdt_setprop(
-                buf, offset, release.subtree_phys_prop, _U64_LE.pack(phys)
-            ) < 0 or (
-                bool(release.subtree_size_prop)
-                and fdt.fdt_setprop(
-                    buf, offset, release.subtree_size_prop, _U64_LE.pack(size_bytes)
-                )
-                < 0
-            )
-            if failed:
+            failed = fdt.fdt_setprop(buf, offset, release.subtree_phys_prop, _U64_LE.pack(phys))
+            if failed >= 0 and release.subtree_size_prop:
+                size = _U64_LE.pack(size_bytes)
+                failed = fdt.fdt_setprop(buf, offset, release.subtree_size_prop, size)
+            if failed < 0 and release.add_subtree_unwinds:
                 fdt.fdt_del_node(buf, offset)
+            elif failed < 0:
+                error = -failed
             else:
                 error = 0
+                if not release.subtree_size_prop:
+                    size_bytes = kernel.fdt_totalsize(phys)
                 if kernel.debugfs.blob_add("out", name, phys, size_bytes):
                     kernel.warn_once(
                         "WARNING: kho_add_subtree: the blob is not in debugfs", "kho_add_subtree"
@@ -132,7 +178,7 @@ class KhoOut:
         """``kho_remove_subtree``: drop the node whose blob lies at ``phys``, if there is one."""
         kernel = self._kernel
         page_size = kernel.arch.page_size
-        buf = self._root_fdt("kho_remove_subtree", page_size)
+        buf = root_fdt(kernel, "kho_remove_subtree")
         if fdt.fdt_open_into(buf, buf, page_size) < 0:
             return
         wanted = _U64_LE.pack(phys)
@@ -168,7 +214,7 @@ class KhoOut:
         On a refusal the folios before it stay preserved, as after a caller's loop.
         """
         kernel = self._kernel
-        if kernel.config.debug:
+        if kernel.config.debug and kernel.release.scratch_overlap_checked:
             for pfn in pfns.tolist():
                 self._check_debug("kho_preserve_folio", pfn, 1 << order)
         keys = (pfns >> order) | np.int64(key_base(order, kernel.arch.page_shift))
@@ -212,36 +258,56 @@ class KhoOut:
 
         Raises the errors of :meth:`preserve_folio`; what was added is taken back first.
         """
-        kernel = self._kernel
+        nr_pages &= (1 << self._kernel.release.nr_pages_bits) - 1
         self._check_debug("kho_preserve_pages", pfn, nr_pages)
+        self._preserve_range(pfn, pfn + nr_pages, "kho_preserve_pages")
+
+    def preserve_phys(self, phys: int, size_bytes: int) -> None:
+        """``kho_preserve_phys`` of 6.16 and 6.17: a range of bytes, which must be whole pages."""
+        kernel = self._kernel
+        symbol, shift = "kho_preserve_phys", kernel.arch.page_shift
+        if self.finalized:
+            raise KernelError(errno.EBUSY, symbol, "finalized")
+        if (phys | size_bytes) & (kernel.arch.page_size - 1):
+            raise KernelError(errno.EINVAL, symbol, f"{phys:#x}+{size_bytes:#x} is not whole pages")
+        self._preserve_range(phys >> shift, (phys + size_bytes) >> shift, symbol)
+
+    def _preserve_range(self, pfn: int, end_pfn: int, symbol: str) -> None:
+        kernel = self._kernel
         shift = kernel.arch.page_shift
-        at, end_pfn, error = pfn, pfn + nr_pages, 0
+        splits = kernel.release.preserve_splits_at_nodes
+        at, error = pfn, 0
         while at < end_pfn:
-            order = self._pages_order(at, end_pfn)
+            order = self._pages_order(at, end_pfn, splits)
             error = self.tree.add_key(kho_encode_radix_key(at << shift, order, shift))
             if error:
                 self._unpreserve(pfn, at)
                 break
             at = (at + int_shift(order)) & ((1 << 64) - 1)
+        nr_pages = end_pfn - pfn
         if kernel.trace is not None:
-            kernel.emit("kho_preserve_pages", {"pfn": pfn, "nr_pages": nr_pages}, error)
+            kernel.emit(symbol, {"pfn": pfn, "nr_pages": nr_pages}, error)
         if error:
-            raise KernelError(-error, "kho_preserve_pages", f"pfn {pfn:#x} nr_pages {nr_pages}")
+            raise KernelError(-error, symbol, f"pfn {pfn:#x} nr_pages {nr_pages}")
 
     def unpreserve_pages(self, pfn: int, nr_pages: int) -> None:
         """``kho_unpreserve_pages``: forget a range; it must be the one that was preserved."""
+        nr_pages &= (1 << self._kernel.release.nr_pages_bits) - 1
         self._unpreserve(pfn, pfn + nr_pages)
         if self._kernel.trace is not None:
             self._kernel.emit("kho_unpreserve_pages", {"pfn": pfn, "nr_pages": nr_pages}, None)
 
     def _unpreserve(self, pfn: int, end_pfn: int) -> None:
         shift = self._kernel.arch.page_shift
+        splits = self._kernel.release.unpreserve_splits_at_nodes
         while pfn < end_pfn:
-            order = self._pages_order(pfn, end_pfn)
-            self.tree.del_key(kho_encode_radix_key(pfn << shift, order, shift))
+            order = self._pages_order(pfn, end_pfn, splits)
+            key = kho_encode_radix_key(pfn << shift, order, shift)
+            if self.tree.del_key(key) is False:
+                return
             pfn = (pfn + int_shift(order)) & ((1 << 64) - 1)
 
-    def _pages_order(self, start_pfn: int, end_pfn: int) -> int:
+    def _pages_order(self, start_pfn: int, end_pfn: int, splits_at_nodes: bool) -> int:
         if not start_pfn:
             raise KernelPanic(
                 "kho_preserve_pages: pfn 0 has no alignment, the kernel shifts by -1 here",
@@ -249,7 +315,7 @@ class KhoOut:
             )
         order = (start_pfn & -start_pfn).bit_length() - 1
         order = min(order, (end_pfn - start_pfn).bit_length() - 1)
-        if self._kernel.release.preserve_splits_at_nodes:
+        if splits_at_nodes:
             nid_of_pfn = self._kernel.nid_of_pfn
             nid = nid_of_pfn(start_pfn)
             while order and nid != nid_of_pfn(start_pfn + (1 << order) - 1):
@@ -259,7 +325,7 @@ class KhoOut:
     def _check_debug(self, symbol: str, pfn: int, nr_pages: int) -> None:
         # CONFIG_KEXEC_HANDOVER_DEBUG only: WARN_ON(kho_scratch_overlap(...)).
         kernel = self._kernel
-        if not kernel.config.debug:
+        if not kernel.config.debug or not kernel.release.scratch_overlap_checked:
             return
         shift = kernel.arch.page_shift
         if kernel.kho_scratch_overlap(pfn << shift, nr_pages << shift):

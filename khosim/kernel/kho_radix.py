@@ -12,7 +12,7 @@ has two ways to a page), is reported as a hang: the real walk would not end in u
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -75,25 +75,41 @@ class KhoRadixTree:
         "_mapped",
         "_memory",
         "_page_size",
+        "_root_from",
         "_shifts",
         "_table_mask",
         "_width",
         "root",
     )
 
-    def __init__(self, memory: NodeMemory, root: int = 0) -> None:
+    def __init__(
+        self,
+        memory: NodeMemory,
+        root: int = 0,
+        *,
+        depth: int = 0,
+        check_width: bool = True,
+        root_from: Callable[[], int] | None = None,
+    ) -> None:
+        """``depth`` is the number of levels, that of 7.3 by default.
+
+        Without ``check_width`` too wide keys lose their upper bits, as before 955409ba5715 in 7.3.
+        ``root_from`` gives the root table where that is no page like the others.
+        """
         arch = memory.arch
+        depth = depth or arch.tree_depth
         table_bits = arch.page_shift - 3
         self._memory = memory
         self._page_size = arch.page_size
+        self._root_from = memory.kho_radix_alloc_node if root_from is None else root_from
         self._table_mask = (1 << table_bits) - 1
         self._leaf_bits = arch.page_shift + 3
         self._leaf_mask = (1 << self._leaf_bits) - 1
-        self._width = 64 - arch.page_shift + 1
+        self._width = 64 - arch.page_shift + 1 if check_width else 63
         # Of the levels that are tables, from the root's down to 1.
         self._shifts = [
             (level - 1) * table_bits + self._leaf_bits
-            for level in range(arch.tree_depth - 1, 0, -1)
+            for level in range(depth - 1, 0, -1)
         ]
         # Pages of RAM that virt() has vouched for: it never takes that back.
         self._mapped: set[int] = set()
@@ -102,7 +118,7 @@ class KhoRadixTree:
     def init_tree(self, root: int = 0) -> int:
         """``kho_radix_init_tree``: adopt the table at ``root``, or allocate an empty one."""
         if not root:
-            root = self._memory.kho_radix_alloc_node()
+            root = self._root_from()
             if not root:
                 return -errno.ENOMEM
         self.root = root

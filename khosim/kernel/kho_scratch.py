@@ -47,8 +47,15 @@ class ScratchSizes:
         self.global_bytes = 0
         self.pernode_bytes = 0
 
-    def parse(self, text: str | None, notice: Callable[[str], None]) -> int:
-        """``kho_parse_scratch_size``: 0, or the -EINVAL or -ERANGE of a malformed value."""
+    def parse(
+        self, text: str | None, notice: Callable[[str], None], release: Release | None = None
+    ) -> int:
+        """``kho_parse_scratch_size``: 0, or the -EINVAL or -ERANGE of a malformed value.
+
+        Without a ``release`` as 6.18 and later do it.
+        """
+        zeros = release is None or release.scratch_arg_zeros
+        consumed = release is None or release.scratch_arg_consumed
         if not text:
             return -errno.EINVAL
         if text[-1] == "%":
@@ -61,11 +68,11 @@ class ScratchSizes:
                     return -errno.EINVAL
                 at += 1
             size, end = memparse(text, at)
-            if end == at:
+            if end == at or not (size or zeros):
                 return -errno.EINVAL
             sizes.append(size)
             at = end
-        if not sum(sizes) & _U64 or at != len(text):
+        if not sum(sizes) & _U64 or (consumed and at != len(text)):
             return -errno.EINVAL
         self.lowmem_bytes, self.global_bytes, self.pernode_bytes = sizes
         self.scale_percent = 0
@@ -148,12 +155,22 @@ def kho_reserve_scratch(
     given back when one of them does not fit: then KHO must go off, and the first two say what the
     kernel's pointer and counter are left at.
     """
+    told = release.scratch_failure_told
+
+    def tell_which(what: str) -> None:
+        if told == "which":
+            printk(f"KHO: Failed to reserve {what}")
+
+    def tell_that() -> None:
+        if told != "nothing":
+            printk("KHO: Failed to reserve scratch area, disabling kexec handover")
+
     sizes.update(memblock, arch, release)
     count = len(memory_nodes) + 2
     array = memblock.memblock_alloc(count * _ENTRY.size, arch.page_size)
     if not array:
-        printk("KHO: Failed to reserve scratch array")
-        printk("KHO: Failed to reserve scratch area, disabling kexec handover")
+        tell_which("scratch array")
+        tell_that()
         return 0, count, False
     ram.zero(array, count * _ENTRY.size, by)
     areas: list[tuple[int, int]] = []
@@ -167,11 +184,11 @@ def kho_reserve_scratch(
         areas.append((addr, size))
     if not failed:
         return array, count, True
-    printk(f"KHO: Failed to reserve {failed} scratch buffer")
+    tell_which(f"{failed} scratch buffer")
     for addr, size in reversed(areas):
         memblock.memblock_phys_free(addr, size)
     memblock.memblock_phys_free(array, count * _ENTRY.size)
-    printk("KHO: Failed to reserve scratch area, disabling kexec handover")
+    tell_that()
     return array, count, False
 
 

@@ -103,7 +103,7 @@ def kho_preserve_vmalloc(kernel: Kernel, area: VmStruct | None, slot: KhoVmalloc
     Raises -EINVAL for what is no area, -EOPNOTSUPP for one with flags other than ``VM_ALLOC`` and
     ``VM_ALLOW_HUGE_VMAP``, -ENOMEM, and the errors of ``kho_preserve_pages`` for its pages.
     """
-    kernel.check_alive()
+    kernel.check_call("kho_preserve_vmalloc")
     symbol = "kho_preserve_vmalloc"
     vm = find_vm_area(area)
     if vm is None:
@@ -118,7 +118,10 @@ def kho_preserve_vmalloc(kernel: Kernel, area: VmStruct | None, slot: KhoVmalloc
     if kernel.trace is not None:
         kernel.emit(symbol, {"nr_pages": vm.nr_pages, "order": vm.page_order}, error)
     if error:
-        kho_unpreserve_vmalloc(kernel, slot)
+        _free_chunks(kernel, slot)
+        if error == -errno.ENOMEM and not kernel.release.vmalloc_enomem_told:
+            slot.store(slot.load()._replace(total_pages=0))
+            return
         raise KernelError(-error, symbol, repr(vm))
     flags = KHO_VMALLOC_ALLOC if vm.flags & VM_ALLOC else 0
     if vm.flags & VM_ALLOW_HUGE_VMAP:
@@ -201,7 +204,11 @@ def kho_unpreserve_vmalloc(kernel: Kernel, slot: KhoVmallocSlot) -> None:
 
     Each listed address stands for as many pages as the descriptor's ``order`` says now.
     """
-    kernel.check_alive()
+    kernel.check_call("kho_unpreserve_vmalloc")
+    _free_chunks(kernel, slot)
+
+
+def _free_chunks(kernel: Kernel, slot: KhoVmallocSlot) -> None:
     descriptor = slot.load()
     chunk = descriptor.first
     page_size = kernel.arch.page_size
@@ -254,7 +261,7 @@ def kho_restore_vmalloc(kernel: Kernel, slot: KhoVmallocSlot) -> VmStruct | None
     The area's own order is 0 whatever the blocks' was: preserved again, it is a list of single
     pages.
     """
-    kernel.check_alive()
+    kernel.check_call("kho_restore_vmalloc")
     descriptor = slot.load()
     pages = kvmalloc(kernel, descriptor.total_pages * 8, "kho_restore_vmalloc")
     if pages is None:

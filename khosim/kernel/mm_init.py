@@ -51,10 +51,13 @@ class ZoneLayout:
         self._cma_ranges: list[tuple[int, int]] = []
         self._zonelists: dict[tuple[int | None, bool], list[Zone]] = {}
 
-    def free_area_init(self, node_ranges: Iterable[tuple[int, int, int]]) -> None:
+    def free_area_init(
+        self, node_ranges: Iterable[tuple[int, int, int]], *, deferred: bool = True
+    ) -> None:
         """``free_area_init``: the zones of each node, and where deferred initialisation begins.
 
-        ``node_ranges`` are ``(start_pfn, end_pfn, nid)``, ascending, as memblock knows them.
+        ``node_ranges`` are ``(start_pfn, end_pfn, nid)``, ascending, as memblock knows them;
+        ``deferred`` is ``CONFIG_DEFERRED_STRUCT_PAGE_INIT``.
         """
         by_node: dict[int, list[tuple[int, int]]] = {}
         for start_pfn, end_pfn, nid in node_ranges:
@@ -80,9 +83,9 @@ class ZoneLayout:
                     self._pieces.extend((start, end, zone) for start, end in inside)
                     last = inside
                 low = high
-            deferred = self._defer_init(last)
-            if deferred is not None:
-                self.first_deferred_pfn[nid] = deferred
+            first = self._defer_init(last) if deferred else None
+            if first is not None:
+                self.first_deferred_pfn[nid] = first
         self._pieces.sort(key=lambda piece: piece[0])
         self._piece_starts = [piece[0] for piece in self._pieces]
 

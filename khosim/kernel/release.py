@@ -1,80 +1,204 @@
-"""Kernel releases as data: what each one can do and how it does it.
+"""The releases that had KHO, each as what differs from the next newer one.
 
-Code asks a :class:`Release` for a capability by name; nothing compares version numbers. A designer
-adds a release of their own with :meth:`Release.evolve`.
-
-Facts from ``kernel/liveupdate/kexec_handover.c``, ``mm/memblock.c`` and the headers under
-``include/linux/kho/abi`` @ 7.3.
+Read from the newest to the oldest; ``docs/releases.md`` shows the same as a table, with the
+evidence. A release of one's own is one of these with changes (:meth:`Release.evolve`), in a file or
+in the name itself: ``7.3+restore_order_cap=on`` has that bug back.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from difflib import get_close_matches
 
 from khosim.errors import InputError
+from khosim.kernel.behaviours import Release
+from khosim.plugins import is_plugin, load_plugin
 
-__all__ = ("RELEASES", "Release", "find_release")
+__all__ = ("MAINLINE", "RELEASES", "Release", "find_release")
 
+_V73 = Release(name="7.3", uname="7.3.4")
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Release:
-    """One kernel release, as the set of its handover behaviours.
+_V72 = _V73.evolve(
+    name="7.2",
+    uname="7.2.13",
+    tree_root_from_slab=True,
+    radix_key_width_checked=False,
+    kdump_guard=False,
+    scratch_excludes_hugetlb=False,
+    hugetlb_outside_scratch=False,
+    scratch_extension=False,
+)
 
-    ``name`` is what users say (``"7.3"``), ``uname`` what the kernel calls itself
-    (``init_uts_ns.name.release``) and hands on in kexec-metadata.
-    """
+_V71 = _V72.evolve(
+    name="7.1",
+    uname="7.1.0",
+    kho_compatible="kho-v3",
+    reserve_size_is_int=True,
+    deferred_struct_pages=False,
+    scratch_alignment="pageblock",
+    scratch_explicit_rounded=False,
+    scratch_rounds_first=True,
+    luo="luo-v1",
+)
 
-    name: str
-    uname: str
-    kho_compatible: str
-    """``KHO_FDT_COMPATIBLE``."""
-    tracker: str
-    """The preserved-memory map: ``"radix"``."""
-    memory_map_prop: str = "preserved-memory-map"
-    subtree_phys_prop: str = "preserved-data"
-    subtree_size_prop: str = "blob-size"
-    kexec_metadata: bool = True
-    """The kernel writes and reads the kexec-metadata subtree."""
-    scratch_extension: bool = True
-    """``kho_extend_scratch``: early boot may use every 1 GiB block free of preserved memory."""
-    scratch_excludes_hugetlb: bool = True
-    """Boot-time huge pages do not count when scratch is sized."""
-    scratch_alignment: str = "max-order"
-    """Scratch areas are aligned to the largest buddy block, or to a "pageblock" (up to 7.1)."""
-    scratch_rounds_first: bool = False
-    """The global area is what remains after lowmem was rounded up (up to 7.1)."""
-    scratch_explicit_rounded: bool = True
-    """Lowmem and global sizes of ``kho_scratch=`` are rounded up as well (not before 7.2)."""
-    hugetlb_outside_scratch: bool = True
-    """``memblock_alloc_hugetlb``: boot-time huge pages never lie in scratch."""
-    kdump_guard: bool = True
-    """A kdump kernel turns KHO off instead of reserving scratch."""
-    preserve_splits_at_nodes: bool = True
-    """``__kho_preserve_pages_order``: a block's first and last page share a node."""
+_V70 = _V71.evolve(
+    name="7.0",
+    uname="7.0.0",
+    kho_compatible="kho-v1",
+    tracker="chunks",
+    tree_root_from_slab=False,
+    subtree_phys_prop="fdt",
+    subtree_size_prop="",
+    kexec_metadata=False,
+    functions=(*_V71.functions, "kho_finalize"),
+    finalize="refresh",
+    fill_crash_image=True,
+    add_subtree_unwinds=False,
+    preserve_splits_at_nodes=False,
+    unpreserve_splits_at_nodes=False,
+    restore_order_cap=True,
+    revival_errno_told=True,
+    scratch_failure_told="that",
+    memfd="memfd-v1",
+)
 
-    luo: str = "luo-v5"
-    """The format of the Live Update Orchestrator's state; empty where there is no LUO."""
+_V619 = _V70.evolve(
+    name="6.19", uname="6.19.0", nr_pages_bits=32, luo_flb=False
+)
 
-    def evolve(self, **changes: Any) -> Release:
-        """This release with some behaviours changed; unknown names raise :class:`InputError`."""
-        fields = {field.name for field in dataclasses.fields(self)}
-        for name in changes:
-            if name not in fields:
-                raise InputError(f"release {self.name}", f"there is no behaviour named {name!r}")
-        return dataclasses.replace(self, **changes)
+_V618 = _V619.evolve(
+    name="6.18",
+    uname="6.18.0",
+    functions=(
+        "kho_preserve_folio",
+        "kho_preserve_pages",
+        "kho_preserve_vmalloc",
+        "kho_add_subtree",
+        "kho_retrieve_subtree",
+        "kho_restore_folio",
+        "kho_restore_pages",
+        "kho_restore_vmalloc",
+        "register_kho_notifier",
+    ),
+    finalize="notifiers",
+    busy_when_finalized=True,
+    abort_unpreserves=True,
+    fill_kimage="finalized",
+    kho_init_level="late",
+    reserve_mem_in_notifier=True,
+    unpreserve_missing="return",
+    vmalloc_enomem_told=False,
+    vmalloc_fills_pages=False,
+    empty_map_accepted=True,
+    restores_root_fdt=True,
+    restore_pages_compound=True,
+    skip_init_told=True,
+    scratch_skips_memoryless=False,
+    luo="",
+    memfd="",
+)
 
+_V617 = _V618.evolve(
+    name="6.17",
+    uname="6.17.0",
+    bitmap_bytes=512,
+    metadata_from_slab=True,
+    functions=(
+        "kho_preserve_folio",
+        "kho_preserve_phys",
+        "kho_add_subtree",
+        "kho_retrieve_subtree",
+        "kho_restore_folio",
+        "register_kho_notifier",
+    ),
+    fill_kimage="enabled",
+    unpreserve_missing="loop",
+    scratch_overlap_checked=False,
+    page_magic=False,
+    restore_clears_private=False,
+    restore_pages_compound=False,
+    scratch_arg_zeros=False,
+    scratch_arg_consumed=False,
+)
+
+_V616 = _V617.evolve(name="6.16", uname="6.16.0", scratch_failure_told="nothing")
+
+_STABLE = (
+    _V616.evolve(name="6.16.4", uname="6.16.4", scratch_failure_told="that"),
+    _V617.evolve(name="6.17.4", uname="6.17.4", fill_kimage="finalized"),
+    _V617.evolve(
+        name="6.17.9", uname="6.17.9", fill_kimage="finalized", unpreserve_missing="return"
+    ),
+    _V70.evolve(name="7.0.y", uname="7.0.10", fill_crash_image=False, add_subtree_unwinds=True),
+)
+
+MAINLINE = ("6.16", "6.17", "6.18", "6.19", "7.0", "7.1", "7.2", "7.3")
+"""The tagged releases, oldest first."""
 
 RELEASES: dict[str, Release] = {
-    "7.3": Release(name="7.3", uname="7.3.4", kho_compatible="kho-v4", tracker="radix"),
+    release.name: release
+    for release in (_V616, _V617, _V618, _V619, _V70, _V71, _V72, _V73, *_STABLE)
 }
+"""All that can be named: the tagged releases, and stable ones where they differ."""
+
+_FLAGS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
 
 def find_release(release: str | Release) -> Release:
-    """The release called ``release`` (a :class:`Release` passes through)."""
+    """The release that ``release`` names; a :class:`Release` passes through.
+
+    A name is one of :data:`RELEASES`, or a file that defines ``RELEASE``, or either with changes:
+    ``7.3+page_magic=off+bitmap_bytes=512``. Raises :class:`InputError` for any other.
+    """
     if isinstance(release, Release):
-        return release
-    found = RELEASES.get(release)
-    if found is None:
-        raise InputError("release", f"{release!r} is not one of {', '.join(sorted(RELEASES))}")
-    return found
+        return _with_plugins(release)
+    base, *changes = release.split("+")
+    found = _named(base)
+    if changes:
+        values = dict(_change(release, found, text) for text in changes)
+        found = found.evolve(**{"name": release, **values})
+    return _with_plugins(found)
+
+
+def _with_plugins(release: Release) -> Release:
+    for spec in (release.tracker, release.decoder):
+        if is_plugin(spec):
+            load_plugin(spec)
+    return release
+
+
+def _named(name: str) -> Release:
+    if is_plugin(name):
+        found = load_plugin(name, "RELEASE")
+        if not isinstance(found, Release):
+            raise InputError(name, f"RELEASE is a {type(found).__name__}, not a Release")
+        return found
+    known = RELEASES.get(name)
+    if known is None:
+        close = get_close_matches(name, RELEASES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it knows {', '.join(RELEASES)}"
+        raise InputError("release", f"{name!r} is no release khosim knows; {hint}")
+    return known
+
+
+def _change(place: str, release: Release, text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    fields = {field.name for field in dataclasses.fields(release)}
+    if name not in fields:
+        close = get_close_matches(name, fields, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"release {place}", f"there is no behaviour named {name!r}{hint}")
+    if not equals:
+        raise InputError(f"release {place}", f"{name} needs a value: {name}=...")
+    now = getattr(release, name)
+    if isinstance(now, bool):
+        if value not in _FLAGS:
+            raise InputError(f"release {place}", f"{name}={value}: neither on nor off")
+        return name, _FLAGS[value]
+    if isinstance(now, int):
+        if not value.isascii() or not value.isdigit() or len(value) > 9:
+            raise InputError(f"release {place}", f"{name}={value}: not a whole number")
+        return name, int(value)
+    if isinstance(now, tuple):
+        return name, tuple(part for part in value.split(",") if part)
+    return name, value

@@ -1,8 +1,9 @@
 """``reserve_mem=``: named regions of memory that keep their address and content.
 
 Models ``mm/memblock.c`` @ 7.3: ``reserve_mem``, ``reserve_mem_kho_revive``, ``prepare_kho_fdt``,
-``reserved_mem_preserve``, ``reserve_mem_find_by_name``, ``reserve_mem_release_by_name``. A region
-is found again in the predecessor's "memblock" subtree, or allocated anew with the kernel's reason
+``reserved_mem_preserve``, ``reserve_mem_find_by_name``, ``reserve_mem_release_by_name``; and
+``reserve_mem_kho_finalize`` @ 6.16 to 6.18, where a notifier preserves the regions. A region is
+found again in the predecessor's "memblock" subtree, or allocated anew with the kernel's reason
 printed. On a handover boot a new region comes from scratch, as in the kernel.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from functools import partial
 from typing import TYPE_CHECKING
 
 from khosim.abi import fdt
@@ -23,6 +25,8 @@ from khosim.kernel.kho_in import FDT_MAX_BYTES
 from khosim.units import memparse
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from khosim.kernel.kernel import Kernel
 
 __all__ = ("ReserveMem",)
@@ -172,9 +176,50 @@ class ReserveMem:
         kernel = self._kernel
         if not kernel.kho_enable or not self.regions:
             return 0
-        error = self._prepare_kho_fdt()
+        in_notifier = kernel.release.reserve_mem_in_notifier
+        error = self._prepare_for_notifier() if in_notifier else self._prepare_kho_fdt()
         if error:
             kernel.printk(f"failed to prepare memblock FDT for KHO: {error}")
+        return error
+
+    def _prepare_for_notifier(self) -> int:
+        # prepare_kho_fdt and register_kho_notifier @ 6.16 to 6.18: the tree is written once, all
+        # else has to wait for reserve_mem_kho_finalize.
+        kernel = self._kernel
+        symbol = "prepare_kho_fdt"
+        pfn = kernel.pages.alloc_pages(0, symbol)
+        if pfn is None:
+            return -errno.ENOMEM
+        phys = pfn << kernel.arch.page_shift
+        error = self._write_fdt(
+            kernel.ram.writable_mv(phys, kernel.arch.page_size, kernel.by(symbol))
+        )
+        if error:
+            kernel.pages.free_pages(pfn, 0)
+            return error
+        kernel.kho_out.notifiers.append(lambda action: self._notified(action, phys))
+        return 0
+
+    def _notified(self, action: str, fdt_phys: int) -> int:
+        # reserve_mem_kho_finalize: all of it is tried, errors are or-ed together.
+        kernel = self._kernel
+        if action != "KEXEC_KHO_FINALIZE":
+            return 0
+        out, shift = kernel.kho_out, kernel.arch.page_shift
+        tries: list[Callable[[], None]] = []
+        for _, start, size in self.regions:
+            if kernel.release.has("kho_preserve_phys"):
+                tries.append(partial(out.preserve_phys, start, size))
+            else:
+                tries.append(partial(out.preserve_pages, start >> shift, size >> shift & _U32))
+        tries.append(partial(out.preserve_folio, fdt_phys >> shift, 0))
+        tries.append(partial(out.add_subtree, MEMBLOCK_KHO_FDT, fdt_phys, 0))
+        error = 0
+        for attempt in tries:
+            try:
+                attempt()
+            except KernelError as refused:
+                error |= -refused.errno
         return error
 
     def _prepare_kho_fdt(self) -> int:
@@ -192,6 +237,7 @@ class ReserveMem:
         phys = fdt_pfn << kernel.arch.page_shift
         buf = kernel.ram.writable_mv(phys, kernel.arch.page_size, kernel.by(symbol))
         error = self._write_fdt(buf)
+        unwinds = kernel.release.reserve_mem_unwinds
         if not error:
             try:
                 out.add_subtree(MEMBLOCK_KHO_FDT, phys, fdt.fdt_totalsize(buf))
@@ -199,9 +245,9 @@ class ReserveMem:
                 error = -refused.errno
             else:
                 error = self._preserve_regions()
-                if error:
+                if error and unwinds:
                     out.remove_subtree(phys)
-        if error:
+        if error and unwinds:
             out.unpreserve_pages(fdt_pfn, 1)
             kernel.pages.free_pages(fdt_pfn, 0)
         return error
@@ -232,6 +278,8 @@ class ReserveMem:
             try:
                 self._kernel.kho_out.preserve_pages(pfn, nr_pages)
             except KernelError as refused:
+                if not self._kernel.release.reserve_mem_unwinds:
+                    return -refused.errno
                 for done_pfn, done_pages in done:
                     self._kernel.kho_out.unpreserve_pages(done_pfn, done_pages)
                 return -refused.errno

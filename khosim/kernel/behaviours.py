@@ -1,0 +1,228 @@
+"""A kernel release as data: what it can do, how it does it, which bugs are still in.
+
+Code asks a :class:`Release` for a behaviour by its name; nothing compares version numbers. The
+defaults are those of 7.3, so that a release is what differs from it; the releases themselves are in
+:mod:`khosim.kernel.release`. A release travels in the bytes of its kernel image: every value is a
+string, a number, a flag or a tuple of strings.
+
+Facts from ``kernel/liveupdate/kexec_handover.c`` (``kernel/kexec_handover.c`` before 6.19),
+``mm/memblock.c`` and the headers under ``include/linux/kho/abi`` @ 6.16 to 7.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from khosim.errors import InputError, KhoSimError
+from khosim.plugins import is_plugin
+
+__all__ = ("CHOICES", "TRACKERS", "Release")
+
+_FUNCTIONS = (
+    "kho_preserve_folio",
+    "kho_unpreserve_folio",
+    "kho_preserve_pages",
+    "kho_unpreserve_pages",
+    "kho_preserve_vmalloc",
+    "kho_unpreserve_vmalloc",
+    "kho_alloc_preserve",
+    "kho_unpreserve_free",
+    "kho_add_subtree",
+    "kho_remove_subtree",
+    "kho_retrieve_subtree",
+    "kho_restore_folio",
+    "kho_restore_pages",
+    "kho_restore_vmalloc",
+    "kho_restore_free",
+)
+
+TRACKERS = ("radix", "chunks")
+"""The trackers that khosim has; see :attr:`Release.tracker`."""
+CHOICES: dict[str, tuple[object, ...]] = {
+    "finalize": ("", "notifiers", "refresh"),
+    "fill_kimage": ("enabled", "finalized"),
+    "kho_init_level": ("fs", "late"),
+    "unpreserve_missing": ("continue", "return", "loop"),
+    "nr_pages_bits": (32, 64),
+    "scratch_alignment": ("max-order", "pageblock"),
+    "scratch_failure_told": ("which", "that", "nothing"),
+    "luo": ("", "luo-v1", "luo-v5"),
+    "memfd": ("", "memfd-v1", "memfd-v2"),
+}
+"""The values of those behaviours that are more than on or off."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """One kernel release, as the set of its handover behaviours.
+
+    ``name`` is what users say (``"7.3"``), ``uname`` what the kernel calls itself
+    (``init_uts_ns.name.release``) and hands on in kexec-metadata.
+    """
+
+    name: str
+    uname: str
+
+    # -- the handover's bytes ------------------------------------------------------------------
+
+    kho_compatible: str = "kho-v4"
+    """``KHO_FDT_COMPATIBLE``."""
+    tracker: str = "radix"
+    """The preserved-memory map: "radix", "chunks", or ``FILE.py:CLASS`` of a designer's own."""
+    decoder: str = ""
+    """The checkers' reader of a designer's map, ``FILE.py:FUNCTION``; "" for the built-in ones."""
+    bitmap_bytes: int = 0
+    """Chunks: bytes of one bitmap (``PRESERVE_BITS / 8``); 0 is one page."""
+    metadata_from_slab: bool = False
+    """Chunks and bitmaps are kzalloc'd, not whole pages of the buddy allocator."""
+    tree_root_from_slab: bool = False
+    """The radix tree's root table is kzalloc'd."""
+    tree_depth_ignores_order_bit: bool = False
+    """``KHO_TREE_MAX_DEPTH`` forgets the order bit: one level too few with 16 KiB pages."""
+    radix_key_width_checked: bool = True
+    """Keys that no tree is deep enough for are -ERANGE; else their upper bits are lost."""
+    memory_map_prop: str = "preserved-memory-map"
+    subtree_phys_prop: str = "preserved-data"
+    subtree_size_prop: str = "blob-size"
+    """"" where blobs are device trees, which tell their size themselves."""
+    kexec_metadata: bool = True
+    """The kernel writes and reads the kexec-metadata subtree."""
+
+    # -- the outgoing side ---------------------------------------------------------------------
+
+    functions: tuple[str, ...] = _FUNCTIONS
+    """The calls that KHO offers to its users."""
+    finalize: str = ""
+    """"notifiers": the root FDT is made when user space says so; "refresh": only the map; "":
+    there is nothing to finalize."""
+    busy_when_finalized: bool = False
+    """Preserving is -EBUSY while finalized."""
+    abort_unpreserves: bool = False
+    """An abort forgets all that was ever preserved."""
+    fill_kimage: str = "enabled"
+    """Which images get the handover: of an "enabled" or only of a "finalized" KHO."""
+    fill_crash_image: bool = False
+    """Crash images get it as well."""
+    kho_init_level: str = "fs"
+    """The initcall: "fs" or "late"."""
+    reserve_mem_in_notifier: bool = False
+    """reserve_mem preserves its regions when the handover is finalized, not at late_initcall."""
+    reserve_mem_unwinds: bool = True
+    """What reserve_mem preserved is unpreserved when its preparation fails."""
+    add_subtree_unwinds: bool = True
+    """A full root FDT is -ENOMEM and keeps no half node; else libfdt's code and the node."""
+    preserve_splits_at_nodes: bool = True
+    """``__kho_preserve_pages_order``: a block's first and last page share a node."""
+    unpreserve_splits_at_nodes: bool = True
+    """``kho_unpreserve_pages`` computes the same blocks."""
+    unpreserve_missing: str = "continue"
+    """At a block never preserved: "continue" with the next, "return", or "loop" forever."""
+    nr_pages_bits: int = 64
+    """Width of the page counts in KHO's calls."""
+    scratch_overlap_checked: bool = True
+    """With ``CONFIG_KEXEC_HANDOVER_DEBUG`` nothing may be preserved in scratch."""
+    vmalloc_chunk_bounded: bool = True
+    """Loops over a vmalloc chunk end with the page, not only at an empty entry."""
+    vmalloc_unpreserves_blocks: bool = True
+    """Unpreserving a vmalloc area forgets whole blocks, not the first page of each."""
+    vmalloc_enomem_told: bool = True
+    """``kho_preserve_vmalloc`` fails where there is no page for a further chunk."""
+    vmalloc_fills_pages: bool = True
+    """A restored area of huge blocks maps each page, not the first of each block repeatedly."""
+
+    # -- the incoming side ---------------------------------------------------------------------
+
+    empty_map_accepted: bool = False
+    """A root FDT without preserved-memory map still makes a KHO boot."""
+    restores_root_fdt: bool = False
+    """``kho_memory_init`` restores the predecessor's root FDT at once."""
+    page_magic: bool = True
+    """``page->private`` of preserved pages bears a magic, which restoring checks."""
+    restore_clears_private: bool = True
+    """A restored page cannot be restored again."""
+    restore_inits_refcounts: bool = True
+    """Restoring sets the reference counts of all pages and counts them as managed."""
+    restore_pages_compound: bool = False
+    """``kho_restore_pages`` leaves each block a compound page."""
+    restore_order_cap: bool = False
+    """Blocks above ``MAX_PAGE_ORDER`` cannot be restored."""
+    reserve_size_is_int: bool = False
+    """The size of a block is computed in 32 bits when it is reserved."""
+    revival_errno_told: bool = False
+    """"disabling KHO revival" comes with the error's number."""
+    skip_init_told: bool = False
+    """"found kexec handover data" promises to skip the initialisation of devices."""
+    deferred_struct_pages: bool = True
+    """``CONFIG_DEFERRED_STRUCT_PAGE_INIT`` can be, and is, on."""
+    kdump_guard: bool = True
+    """A kdump kernel turns KHO off instead of reserving scratch."""
+
+    # -- scratch -------------------------------------------------------------------------------
+
+    scratch_alignment: str = "max-order"
+    """Scratch areas are aligned to the largest buddy block, or to a "pageblock" (CMA)."""
+    scratch_explicit_rounded: bool = True
+    """Sizes given with ``kho_scratch=`` are rounded up as well."""
+    scratch_rounds_first: bool = False
+    """The global area is what remains after lowmem was rounded up."""
+    scratch_arg_zeros: bool = True
+    """``kho_scratch=``: one or two of the sizes may be zero."""
+    scratch_arg_consumed: bool = True
+    """``kho_scratch=``: what follows the three sizes is an error."""
+    scratch_skips_memoryless: bool = True
+    """Nodes without memory get no scratch; else they turn KHO off."""
+    scratch_failure_told: str = "which"
+    """When scratch cannot be had: say "which" area, only "that", or "nothing"."""
+    scratch_excludes_hugetlb: bool = True
+    """Boot-time huge pages do not count when scratch is sized."""
+    hugetlb_outside_scratch: bool = True
+    """``memblock_alloc_hugetlb``: boot-time huge pages never lie in scratch."""
+    scratch_extension: bool = True
+    """``kho_extend_scratch``: early boot may use every 1 GiB block free of preserved memory."""
+
+    # -- live updates --------------------------------------------------------------------------
+
+    luo: str = "luo-v5"
+    """Format of the Live Update Orchestrator's subtree; "" without."""
+    luo_flb: bool = True
+    """File-lifecycle-bound data has a place in it, which the successor insists on."""
+    memfd: str = "memfd-v2"
+    """Format of preserved memfds; "" without."""
+
+    def evolve(self, **changes: Any) -> Release:
+        """This release with some behaviours changed.
+
+        Raises :class:`InputError` for a behaviour or a value that there is not.
+        """
+        fields = {field.name for field in dataclasses.fields(self)}
+        for name, value in changes.items():
+            place = f"release {self.name}"
+            if name not in fields:
+                raise InputError(place, f"there is no behaviour named {name!r}")
+            kind = type(getattr(self, name))
+            if type(value) is not kind:
+                raise InputError(place, f"{name}={value!r}: not a {kind.__name__}")
+            choices = CHOICES.get(name)
+            if choices is not None and value not in choices:
+                raise InputError(place, f"{name}={value}: not one of {_told(choices)}")
+        evolved = dataclasses.replace(self, **changes)
+        if evolved.tracker not in TRACKERS and not is_plugin(evolved.tracker):
+            cause = f"tracker={evolved.tracker}: not one of {_told(TRACKERS)}, nor FILE.py:CLASS"
+            raise InputError(f"release {self.name}", cause)
+        if evolved.bitmap_bytes & 7:
+            raise InputError(f"release {self.name}", "bitmap_bytes: not whole words of 8 bytes")
+        return evolved
+
+    def require(self, function: str) -> None:
+        """Raise :class:`KhoSimError` where this release's KHO has no such function."""
+        if function not in self.functions:
+            raise KhoSimError(f"Linux {self.name} has no {function}")
+
+    def has(self, function: str) -> bool:
+        """Whether this release's KHO offers ``function`` to its users."""
+        return function in self.functions
+
+
+def _told(choices: tuple[object, ...]) -> str:
+    return ", ".join(str(choice) or '""' for choice in choices)
