@@ -20,7 +20,7 @@ from khosim.kernel.kexec import Kimage, kernel_kexec, kexec_file_load
 from khosim.kernel.kho import kho_scratch_overlap, scratch_areas
 from khosim.kernel.kho_calls import KhoCalls
 from khosim.kernel.kho_debugfs import KhoDebugfs
-from khosim.kernel.kho_in import KHO_PAGE_MAGIC, KhoIn
+from khosim.kernel.kho_in import KhoIn
 from khosim.kernel.kho_out import KhoOut
 from khosim.kernel.kho_scratch import ScratchSizes
 from khosim.kernel.kmalloc_cache import KmallocCache
@@ -375,11 +375,6 @@ class Kernel(DirectMap, KhoCalls):
             owner,
         )
 
-    @property
-    def kho_page_magic(self) -> int:
-        """What marks ``page->private`` of a preserved page: a number, or 0 before 6.18."""
-        return KHO_PAGE_MAGIC if self.release.page_magic else 0
-
     def free_reserved_area(self, start: int, end: int, what: str | None, poison: int = -1) -> int:
         """``free_reserved_area``: whole pages of [start, end) go to the buddy; returns how many.
 
@@ -422,18 +417,6 @@ class Kernel(DirectMap, KhoCalls):
         self.check_alive()
         restored = self.kho_in.restore_folio(phys)
         return None if restored is None else Folio(self, *restored)
-
-    def finalize(self) -> None:
-        """What user space does before it loads an image: write 1 to ``out/finalize``.
-
-        Nothing where KHO is off, where there is no such file, and where a second time is refused.
-        """
-        self.check_alive()
-        release = self.release
-        if not release.finalize or not self.kho_enable:
-            return
-        if release.finalize == "refresh" or not self.kho_out.finalized:
-            self.debugfs.write("out/finalize", 1)
 
     # -- kexec ----------------------------------------------------------------------------------
 

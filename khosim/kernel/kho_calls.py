@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from khosim.errors import InputError, KernelError, KhoSimError
 
 if TYPE_CHECKING:
+    from khosim.kernel.kho_debugfs import KhoDebugfs
     from khosim.kernel.kho_in import KhoIn
     from khosim.kernel.kho_out import KhoNotifier, KhoOut
     from khosim.kernel.kho_radix import Pfns
@@ -34,7 +35,9 @@ class KhoCalls:
     __slots__ = ()
 
     alive: bool
+    debugfs: KhoDebugfs
     generation: int
+    kho_enable: bool
     kho_in: KhoIn
     kho_out: KhoOut
     release: Release
@@ -58,9 +61,26 @@ class KhoCalls:
             raise KhoSimError(f"{folio!r} belongs to {folio.kernel!r}: only bytes cross a kexec")
 
     @property
+    def kho_page_magic(self) -> int:
+        """What marks ``page->private`` of a preserved page: a number, or 0 before 6.18."""
+        return KHO_PAGE_MAGIC if self.release.page_magic else 0
+
+    @property
     def is_kho_boot(self) -> bool:
         """``is_kho_boot``: whether this kernel took a handover over."""
         return bool(self.kho_in.fdt_phys)
+
+    def finalize(self) -> None:
+        """What user space does before it loads an image: write 1 to ``out/finalize``.
+
+        Nothing where KHO is off, where there is no such file, and where a second time is refused.
+        """
+        self.check_alive()
+        release = self.release
+        if not release.finalize or not self.kho_enable:
+            return
+        if release.finalize == "refresh" or not self.kho_out.finalized:
+            self.debugfs.write("out/finalize", 1)
 
     def kho_preserve_folio(self, folio: Folio) -> None:
         """``kho_preserve_folio``; see :meth:`KhoOut.preserve_folio`."""

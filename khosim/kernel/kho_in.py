@@ -30,7 +30,7 @@ from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
 from khosim.kernel.kho_reserve import reserve_blocks
 from khosim.kernel.kho_scratch import kho_extend_scratch, read_scratch_array
 from khosim.kernel.kho_tracker import make_tracker
-from khosim.kernel.page_map import INCOMING, PageState
+from khosim.kernel.page_map import INCOMING, KHO_PAGE_MAGIC, PageState
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ("FDT_MAX_BYTES", "KHO_PAGE_MAGIC", "KhoIn")
 
-KHO_PAGE_MAGIC = 0x4B484F50
 _U64_LE = struct.Struct("<Q")
 FDT_MAX_BYTES = 1 << 20
 """Of a handover's FDT no more is looked at, whatever size it claims; the kernel writes a page."""

@@ -17,7 +17,17 @@ from collections.abc import Iterator
 from operator import itemgetter
 from typing import NamedTuple
 
-__all__ = ("ALLOCATED", "INCOMING", "RESERVED", "PageMap", "PageRun", "PageState")
+__all__ = (
+    "ALLOCATED",
+    "INCOMING",
+    "KHO_PAGE_MAGIC",
+    "RESERVED",
+    "PageMap",
+    "PageRun",
+    "PageState",
+)
+
+KHO_PAGE_MAGIC = 0x4B484F50
 
 RESERVED = "reserved"
 """PageReserved, as ``memmap_init_reserved_range`` leaves it: every page has refcount 1."""
