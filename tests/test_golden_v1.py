@@ -76,7 +76,7 @@ def test_root_fdt_and_memblock_subtree(name):
     subtrees = capture.generations[0].handover["subtrees"]
     mine = []
 
-    def test_module(action):
+    def preserve_for_the_module(action):
         # The real kernel's test module came before reserve_mem.
         if action == "KEXEC_KHO_FINALIZE":
             folio = kernel.alloc_folio(0)
@@ -86,7 +86,7 @@ def test_root_fdt_and_memblock_subtree(name):
         return 0
 
     if "kho_test" in subtrees and not kernel.kho_out.finalized:
-        kernel.kho_out.notifiers.insert(0, test_module)
+        kernel.kho_out.notifiers.insert(0, preserve_for_the_module)
     kernel.finalize()
     blob = kernel.debugfs.read("out/sub_fdts/memblock")
     assert blob == capture.generations[0].bytes_of("kho/out/sub_fdts/memblock")
