@@ -13,6 +13,28 @@ from khosim.kernel.release import MAINLINE, RELEASES, Release, find_release
 V1 = ["6.16", "6.17", "6.18", "6.19", "7.0"]
 WITH_PAGES = ["6.18", "6.19", "7.0", "7.1", "7.2", "7.3"]
 MIB = 1 << 20
+SCENARIO = """
+generations = 3
+[machine]
+ram = "256M"
+[kernel]
+cmdline = "kho=on reserve_mem=1M:64K:log"
+[[generation]]
+steps = [
+  { do = "write", region = "*" },
+  { do = "folios", name = "guest", count = 300, orders = { 0 = 70, 2 = 20, 4 = 10 } },
+  { do = "pages", name = "table", count = 30 },
+  { do = "blob", name = "state", size = "20K" },
+]
+[[generation]]
+steps = [
+  { do = "restore", name = "*" },
+  { do = "check", name = "*" },
+  { do = "check", region = "*" },
+  { do = "write", name = "guest" },
+  { do = "preserve", name = "*" },
+]
+"""
 
 
 def hand_over(release, successor=None, *, ram="256M", **options):
@@ -273,10 +295,21 @@ def test_behaviours_travel_in_the_image():
     assert "KHO: found kexec handover data." in kernel.kexec().messages
 
 
-@pytest.mark.parametrize("release", ["7.1", "7.2", "7.3"])
-def test_run_with_each_release(release, capsys):
-    """``khosim run --release R``: the small scenario holds on every release."""
-    assert main(["run", "small", "--release", release, "--json"]) == 0
+@pytest.mark.parametrize("release", MAINLINE)
+def test_run_with_each_release(release, tmp_path, capsys):
+    """``khosim run --release R``: folios, ranges and blobs cross whatever the release."""
+    scenario = tmp_path / "all.toml"
+    scenario.write_text(SCENARIO)
+    assert main(["run", str(scenario), "--release", release, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["violations"] == []
-    assert told["handovers"] == told["generations"] - 1
+    assert told["handovers"] == told["generations"] - 1 == 2
+    assert told["preserved_bytes"] > 1 << 20
+
+
+def test_a_step_that_a_release_has_no_call_for(capsys):
+    """One line with the step, the release and the function."""
+    assert main(["run", "small", "--release", "6.18"]) == 2
+    told = capsys.readouterr().err
+    assert "Linux 6.18 has no kho_unpreserve_" in told
+    assert "step" in told

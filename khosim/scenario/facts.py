@@ -149,13 +149,14 @@ def struct_page_bytes(kernel: Kernel) -> int:
 
 def preserved_facts(kernel: Kernel) -> PreservedFacts:
     """Walk the outgoing tree; nothing where it cannot be walked (a scenario damaged it)."""
-    if not kernel.kho_enable or not kernel.kho_out.tree.root:
+    tree = kernel.kho_out.tree
+    if not kernel.kho_enable or not (tree.root or kernel.release.finalize):
         return PreservedFacts()
     shift = kernel.arch.page_shift
     counts: dict[int, int] = {}
     tables = 0
     try:
-        for nr_keys, key in kernel.kho_out.tree.walk():
+        for nr_keys, key in tree.walk():
             if not nr_keys:
                 tables += 1
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from khosim.errors import InputError, KernelError, KernelPanic, RamFault
+from khosim.errors import InputError, KernelError, KernelPanic, KhoSimError, RamFault
 from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.trace import Event
@@ -23,6 +23,7 @@ from khosim.scenario.facts import (
     struct_page_bytes,
 )
 from khosim.scenario.group import PRESERVED, Group
+from khosim.scenario.kho_user import publish, subtree_room
 from khosim.scenario.model import (
     ACCEPTED,
     COLD,
@@ -179,6 +180,8 @@ class Player:
         except (KernelPanic, RamFault) as panic:
             outcome, text = PANIC, f"the kernel panicked: {panic}"
             facts.end = PANIC
+        except KhoSimError as error:
+            raise InputError(self._place(step.place, facts), str(error)) from None
         if outcome not in ("ok", step.expect):
             self.result.failures.append(f"{self._place(step.place, facts)} ({step.do}): {text}")
         note = text if outcome != "ok" else fact.note
@@ -300,18 +303,16 @@ class Player:
     def _write_indexes(self) -> None:
         # Each owner tells its successor where its blocks are.
         kernel = self.kernel
-        largest = kernel.arch.page_size << kernel.arch.max_page_order
+        largest = subtree_room(kernel)
         for group in self.groups.values():
             if group.kind == "blob" or not len(group.select((PRESERVED,))):
                 continue
             packed = group.packed_index(kernel.arch.page_shift)
             for part, at in enumerate(range(0, len(packed), largest)):
                 piece = packed[at : at + largest]
-                folio = kernel.kho_alloc_preserve(len(piece))
-                folio.write(0, piece, by=group.owner)
                 subtree = group.name + (f"+{part}" if part else "")
-                kernel.kho_add_subtree(subtree, folio.phys, len(piece))
-                group.index.append((subtree, folio.phys, piece))
+                phys, told = publish(kernel, subtree, piece, group.owner)
+                group.index.append((subtree, phys, told))
 
     def _image(self, spec: KernelSpec) -> KernelImage:
         size = spec.kernel_size

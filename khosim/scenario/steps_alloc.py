@@ -15,6 +15,7 @@ from khosim.errors import KernelError
 from khosim.scenario.contents import FILLS, I64, first_keys, write_pages
 from khosim.scenario.fields import Table, count_text, size_text
 from khosim.scenario.group import LOCAL, PRESERVED, Group
+from khosim.scenario.kho_user import alloc_preserve, blob_is_subtree, place_of, publish
 from khosim.scenario.model import MAX_CONTENT_BYTES, MAX_FOLIOS, Limits, StepFact
 from khosim.scenario.places import RESERVED_NAMES
 from khosim.scenario.steps_base import StepBase, fact_of, preserve_entries
@@ -237,12 +238,16 @@ class Blob(StepBase):
         group = _group(player, self, "blob", self.owner)
         if len(group):
             raise player.error(self.place, f"there is a blob {self.name!r} already")
-        folio = kernel.kho_alloc_preserve(self.size)
-        try:
-            kernel.kho_add_subtree(self.name, folio.phys, folio.len_bytes)
-        except KernelError:
-            kernel.kho_unpreserve_free(folio)
-            raise
+        folio = alloc_preserve(kernel, self.size)
+        if blob_is_subtree(kernel):
+            try:
+                kernel.kho_add_subtree(self.name, folio.phys, folio.len_bytes)
+            except KernelError:
+                kernel.kho_unpreserve_free(folio)
+                raise
+        else:
+            phys, told = publish(kernel, self.name, place_of(folio), self.owner)
+            group.index.append((self.name, phys, told))
         one = np.array([folio.pfn], dtype=np.int64)
         order = one * 0 + folio.order
         entries = _enter(player, group, one, 1 << order, order, self.fill, PRESERVED)

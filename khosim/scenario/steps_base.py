@@ -17,6 +17,7 @@ from khosim.kernel.kernel import Folio
 from khosim.scenario.contents import I64
 from khosim.scenario.fields import Table, did_you_mean
 from khosim.scenario.group import LOCAL, PRESERVED, Group
+from khosim.scenario.kho_user import preserve_range
 from khosim.scenario.model import Limits, StepFact
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def preserve_entries(player: Player, group: Group, entries: I64) -> None:
     kernel = player.kernel
     if group.kind == "pages":
         for entry in entries.tolist():
-            kernel.kho_preserve_pages(int(group.pfn[entry]), int(group.nr_pages[entry]))
+            preserve_range(kernel, int(group.pfn[entry]), int(group.nr_pages[entry]))
     else:
         orders = group.order[entries]
         for order in np.unique(orders).tolist():

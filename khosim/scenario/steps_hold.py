@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from khosim.kernel.page import Folio
 from khosim.scenario.fields import Table, count_text
 from khosim.scenario.group import INCOMING, LOCAL, PRESERVED, Group
+from khosim.scenario.kho_user import (
+    blob_is_subtree,
+    place_of,
+    preserve_range,
+    publish,
+    restore_range,
+)
 from khosim.scenario.model import Limits, StepFact
 from khosim.scenario.places import place_field, resolve
 from khosim.scenario.steps_base import (
@@ -26,6 +34,7 @@ from khosim.scenario.steps_base import (
 )
 
 if TYPE_CHECKING:
+    from khosim.kernel.kernel import Kernel
     from khosim.scenario.contents import I64
     from khosim.scenario.play import Player
 
@@ -53,9 +62,7 @@ class Preserve(GroupStep):
         for group, entries in chosen:
             preserve_entries(player, group, entries)
             if group.kind == "blob":
-                shift = player.kernel.arch.page_shift
-                phys, size = int(group.pfn[0]) << shift, int(group.nr_pages[0]) << shift
-                player.kernel.kho_add_subtree(group.name, phys, size)
+                _preserve_blob(player.kernel, group)
         return fact_of(player, chosen)
 
 
@@ -76,6 +83,8 @@ class Unpreserve(GroupStep):
         for group, entries in chosen:
             if group.kind == "blob":
                 phys = int(group.pfn[0]) << player.kernel.arch.page_shift
+                if group.index:
+                    phys = group.index.pop()[1]
                 player.kernel.kho_remove_subtree(phys)
             unpreserve_entries(player, group, entries)
         return fact_of(player, chosen)
@@ -124,13 +133,23 @@ class Restore(GroupStep):
         return fact_of(player, chosen)
 
 
+def _preserve_blob(kernel: Kernel, group: Group) -> None:
+    # A blob becomes a subtree again, or a subtree tells where it is.
+    folio = Folio(kernel, int(group.pfn[0]), int(group.order[0]))
+    if blob_is_subtree(kernel):
+        kernel.kho_add_subtree(group.name, folio.phys, folio.len_bytes)
+    else:
+        phys, told = publish(kernel, group.name, place_of(folio), group.owner)
+        group.index.append((group.name, phys, told))
+
+
 def _read_index(player: Player, group: Group) -> None:
     # kho_retrieve_subtree; what was read of an index is freed. A blob is its own subtree.
     kernel = player.kernel
     if group.is_lost:
         kernel.kho_retrieve_subtree(group.name)
         return
-    if group.kind == "blob":
+    if group.kind == "blob" and not group.index:
         if len(group.select((INCOMING,))):
             phys, size = kernel.kho_retrieve_subtree(group.name)
             shift = kernel.arch.page_shift
@@ -161,7 +180,7 @@ def _restore_entries(player: Player, group: Group, entries: I64) -> None:
     restored = []
     for entry, pfn, order, nr_pages in blocks:
         if order < 0:
-            if kernel.kho_restore_pages(pfn << shift, nr_pages) is None:
+            if not restore_range(kernel, pfn, nr_pages, group.owner):
                 break
         else:
             folio = kernel.kho_restore_folio(pfn << shift)
@@ -212,5 +231,5 @@ class PreserveAt(StepBase):
         pfn = phys >> kernel.arch.page_shift
         if not pfn:
             raise player.error(self.place, "page 0 has no alignment that the kernel could use")
-        kernel.kho_preserve_pages(pfn, self.pages)
+        preserve_range(kernel, pfn, self.pages)
         return StepFact(1, self.pages * kernel.arch.page_size, f"at {phys:#x}")
