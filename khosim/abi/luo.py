@@ -5,6 +5,9 @@ KHO subtree ``"LUO"`` is one :class:`LuoSer`. Sessions lie in KHO blocks
 (:mod:`khosim.abi.kho_block`) of :class:`LuoSessionSer`, each with the chain of KHO blocks of its
 :class:`LuoFileSer`. Shared state is an array: :class:`LuoFlbHeaderSer`, then :class:`LuoFlbSer`.
 
+Before 7.2 the subtree was a device tree (``luo-v1``), sessions lay behind a u64 count in one array
+and each session's files in another; the entries were the same.
+
 Names are NUL-terminated in a field of fixed length. Packing pads with zeros; the kernel's
 ``strscpy`` writes up to the NUL and leaves the rest of the field as it was.
 """
@@ -20,6 +23,14 @@ __all__ = (
     "LIVEUPDATE_SESSION_NAME_LENGTH",
     "LUO_ABI_COMPATIBLE",
     "LUO_ABI_COMPAT_LEN",
+    "LUO_FDT_COMPATIBLE",
+    "LUO_FDT_FLB_COMPATIBLE",
+    "LUO_FDT_FLB_HEADER",
+    "LUO_FDT_FLB_NODE_NAME",
+    "LUO_FDT_LIVEUPDATE_NUM",
+    "LUO_FDT_SESSION_COMPATIBLE",
+    "LUO_FDT_SESSION_HEADER",
+    "LUO_FDT_SESSION_NODE_NAME",
     "LUO_FILE_SER_BYTES",
     "LUO_FLB_HEADER_SER_BYTES",
     "LUO_FLB_SER_BYTES",
@@ -48,6 +59,17 @@ LUO_KHO_ENTRY_NAME = "LUO"
 LUO_ABI_COMPATIBLE = "luo-v5"
 LUO_ABI_COMPAT_LEN = 8
 """The string and its NUL, rounded up to 8."""
+
+LUO_FDT_COMPATIBLE = "luo-v1"
+"""6.19 to 7.1: the subtree is a device tree with these nodes and properties."""
+LUO_FDT_LIVEUPDATE_NUM = "liveupdate-number"
+LUO_FDT_SESSION_NODE_NAME = "luo-session"
+LUO_FDT_SESSION_COMPATIBLE = "luo-session-v2"
+LUO_FDT_SESSION_HEADER = "luo-session-header"
+LUO_FDT_FLB_NODE_NAME = "luo-flb"
+LUO_FDT_FLB_COMPATIBLE = "luo-flb-v1"
+LUO_FDT_FLB_HEADER = "luo-flb-header"
+
 LIVEUPDATE_SESSION_NAME_LENGTH = 64
 LIVEUPDATE_HNDL_COMPAT_LENGTH = 48
 LIVEUPDATE_FLB_COMPAT_LENGTH = 48

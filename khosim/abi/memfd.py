@@ -5,12 +5,15 @@ Layout of ``include/linux/kho/abi/memfd.h`` @ 7.1 .. 7.3 (``memfd-v2``), packed,
 u64 ``nr_folios``, then the :mod:`khosim.abi.kho_vmalloc` descriptor of the records. ``struct
 memfd_luo_folio_ser`` (16 bytes): a u64 with the pfn in its low 52 bits and flags in the high 12,
 and u64 ``index``, the folio's offset in the file in pages.
+
+``memfd-v1`` of 6.19 and 7.0 has neither seals nor flags: 40 bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import struct
+from typing import NamedTuple
 
 from khosim.abi.kho_vmalloc import KhoVmalloc, pack_kho_vmalloc, unpack_kho_vmalloc
 
@@ -21,6 +24,7 @@ __all__ = (
     "F_SEAL_SEAL",
     "F_SEAL_SHRINK",
     "F_SEAL_WRITE",
+    "LAYOUTS",
     "MEMFD_LUO_ALL_SEALS",
     "MEMFD_LUO_FH_COMPATIBLE",
     "MEMFD_LUO_FOLIO_DIRTY",
@@ -33,6 +37,7 @@ __all__ = (
     "MEMFD_LUO_SER_POS_OFFSET",
     "MEMFD_LUO_SER_SEALS_OFFSET",
     "MEMFD_LUO_SER_SIZE_OFFSET",
+    "MemfdLayout",
     "MemfdLuoFolioSer",
     "MemfdLuoSer",
     "pack_memfd_luo_folio_ser",
@@ -61,6 +66,7 @@ MEMFD_LUO_PFN_BITS = 52
 _PFN_MASK = (1 << MEMFD_LUO_PFN_BITS) - 1
 
 _SER = struct.Struct("<QQIIQ16s")
+_SER_V1 = struct.Struct("<QQQ16s")
 _FOLIO = struct.Struct("<QQ")
 MEMFD_LUO_SER_BYTES = _SER.size
 MEMFD_LUO_FOLIO_SER_BYTES = _FOLIO.size
@@ -69,6 +75,23 @@ MEMFD_LUO_SER_SIZE_OFFSET = 8
 MEMFD_LUO_SER_SEALS_OFFSET = 16
 MEMFD_LUO_SER_NR_FOLIOS_OFFSET = 24
 MEMFD_LUO_SER_FOLIOS_OFFSET = 32
+
+
+class MemfdLayout(NamedTuple):
+    """What differs between the formats of a descriptor; ``seals_offset`` is 0 without seals."""
+
+    compatible: str
+    ser_bytes: int
+    seals_offset: int
+    nr_folios_offset: int
+    folios_offset: int
+
+
+LAYOUTS = {
+    "memfd-v1": MemfdLayout("memfd-v1", _SER_V1.size, 0, 16, 24),
+    "memfd-v2": MemfdLayout("memfd-v2", _SER.size, 16, 24, 32),
+}
+"""By the name of the file handler; memfd-v1 is that of 6.19 and 7.0."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,14 +115,21 @@ class MemfdLuoFolioSer:
     index: int
 
 
-def pack_memfd_luo_ser(ser: MemfdLuoSer) -> bytes:
-    """The 48 bytes of a descriptor."""
+def pack_memfd_luo_ser(ser: MemfdLuoSer, layout: MemfdLayout | None = None) -> bytes:
+    """The 48 bytes of a descriptor, or the 40 of a memfd-v1; memfd-v2 by default."""
     folios = pack_kho_vmalloc(ser.folios)
+    if layout is not None and not layout.seals_offset:
+        return _SER_V1.pack(ser.pos, ser.size, ser.nr_folios, folios)
     return _SER.pack(ser.pos, ser.size, ser.seals, ser.flags, ser.nr_folios, folios)
 
 
-def unpack_memfd_luo_ser(data: bytes, offset: int = 0) -> MemfdLuoSer:
-    """The descriptor at ``data[offset:]``."""
+def unpack_memfd_luo_ser(
+    data: bytes, offset: int = 0, layout: MemfdLayout | None = None
+) -> MemfdLuoSer:
+    """The descriptor at ``data[offset:]``; memfd-v2 by default."""
+    if layout is not None and not layout.seals_offset:
+        pos, size, nr_folios, folios = _SER_V1.unpack_from(data, offset)
+        return MemfdLuoSer(pos, size, 0, 0, nr_folios, unpack_kho_vmalloc(folios))
     pos, size, seals, flags, nr_folios, folios = _SER.unpack_from(data, offset)
     return MemfdLuoSer(pos, size, seals, flags, nr_folios, unpack_kho_vmalloc(folios))
 

@@ -15,10 +15,12 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from khosim.abi.luo import LUO_KHO_ENTRY_NAME
-from khosim.errors import KernelError, KernelPanic
+from khosim.abi.memfd import LAYOUTS
+from khosim.errors import KernelError, KernelPanic, KhoSimError
+from khosim.kernel.kho_finalize import kho_finalize
 from khosim.kernel.liveupdate.luo_dev import LiveupdateDevice
 from khosim.kernel.liveupdate.luo_flb import LuoFlbs
-from khosim.kernel.liveupdate.luo_format import FORMATS, LuoV5
+from khosim.kernel.liveupdate.luo_format import FORMATS, LuoFormat
 from khosim.kernel.liveupdate.luo_session import LuoSessions, Session
 from khosim.kernel.liveupdate.memfd_luo import MemfdLuoHandler
 from khosim.kernel.module import try_module_get
@@ -82,9 +84,9 @@ class Luo:
     # Made when somebody asks for them: most kernels boot without LUO.
 
     @property
-    def format(self) -> LuoV5:
+    def format(self) -> LuoFormat:
         """How the state is laid out for the successor."""
-        return FORMATS.get(self.kernel.release.luo, LuoV5)(self.kernel)
+        return FORMATS[self.kernel.release.luo](self.kernel)
 
     @property
     def sessions(self) -> LuoSessions:
@@ -171,10 +173,10 @@ class Luo:
 
     def memfd_init(self) -> None:
         """``memfd_luo_init``."""
-        if not self.enabled:
+        if not self.enabled or not self.kernel.release.memfd:
             return  # -EOPNOTSUPP, which it does not mention
         try:
-            self.register_file_handler(MemfdLuoHandler())
+            self.register_file_handler(MemfdLuoHandler(LAYOUTS[self.kernel.release.memfd]))
         except KernelError as refused:
             self.kernel.printk(f"Could not register luo filesystem handler: -{refused.name}")
 
@@ -185,7 +187,14 @@ class Luo:
         if not self.enabled:
             return
         self.sessions.serialize()
-        self.flb.serialize()
+        if self.kernel.release.luo_flb:
+            self.flb.serialize()
+        if self.kernel.release.finalize == "refresh":
+            error = kho_finalize(self.kernel)
+            if error:
+                # The sessions stay frozen: nobody undoes their serialization.
+                self.kernel.printk(f"luo: kho_finalize failed {error}")
+                raise KernelError(errno.EAGAIN, "liveupdate_reboot", "kho_finalize failed")
 
     # -- for people -----------------------------------------------------------------------------
 
@@ -320,6 +329,8 @@ class Luo:
         self.kernel.check_alive()
         if not self.enabled:
             raise KernelError(errno.EOPNOTSUPP, symbol, "live update is off")
+        if not self.kernel.release.luo_flb:
+            raise KhoSimError(f"Linux {self.kernel.release.name} has no {symbol}")
 
 
 def _luo_get_id(handler: FileHandler, file: File) -> int:

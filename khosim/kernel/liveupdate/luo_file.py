@@ -248,7 +248,8 @@ class LuoFileSet:
             if ser.count:
                 kernel.warn(f"WARNING: {symbol}: {ser.count} files nowhere")
             return
-        self.block_set.restore(ser.files)
+        luo_format = self._luo.format
+        luo_format.restore_files(self.block_set, ser)
         try:
             it = self.block_set.iterate()
             while (entry := it.read_entry()) is not None:
@@ -259,6 +260,8 @@ class LuoFileSet:
                 )
                 raise KernelError(errno.EINVAL, symbol, f"{self.count} files, not {ser.count}")
         except KernelError:
+            if not luo_format.undoes_torn_state:
+                raise
             for luo_file in self.files:
                 module_put(luo_file.handler.ops.owner)
             self.files.clear()

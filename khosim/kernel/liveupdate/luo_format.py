@@ -1,6 +1,7 @@
 """How LUO's state is laid out for the successor: one class for each format.
 
-:class:`LuoV5` is ``luo-v5`` of 7.2 and 7.3 (``include/linux/kho/abi/luo.h``): one ``struct
+:class:`~khosim.kernel.liveupdate.luo_v1.LuoV1` is ``luo-v1`` of 6.19 to 7.1. :class:`LuoV5` is
+``luo-v5`` of 7.2 and 7.3 (``include/linux/kho/abi/luo.h``): one ``struct
 luo_ser``, and sessions and files in KHO blocks. The orchestrator asks its release for the name of
 the format and leaves to it what depends on it:
 
@@ -16,7 +17,7 @@ all releases and stands in :mod:`khosim.abi.luo`.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 from khosim.abi.luo import (
     LUO_ABI_COMPATIBLE,
@@ -30,22 +31,19 @@ from khosim.abi.luo import (
 )
 from khosim.errors import KernelError
 from khosim.kernel.kho_block import KhoBlockSet
+from khosim.kernel.liveupdate.luo_root import LuoRoot
+from khosim.kernel.liveupdate.luo_v1 import LuoArraySet, LuoV1
 
 if TYPE_CHECKING:
+    from khosim.abi.luo import LuoFileSetSer
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.liveupdate.luo_core import Luo
 
-__all__ = ("FORMATS", "LuoRoot", "LuoV5")
+__all__ = ("FORMATS", "EntrySet", "LuoFormat", "LuoV5")
 
 _SESSIONS_PA_OFFSET = 16
-
-
-class LuoRoot(NamedTuple):
-    """What a predecessor's root says: physical addresses, 0 where there is nothing."""
-
-    liveupdate_num: int
-    sessions_pa: int
-    flbs_pa: int
+EntrySet: TypeAlias = KhoBlockSet | LuoArraySet
+"""Where sessions or files are written to and read from."""
 
 
 class LuoV5:
@@ -54,6 +52,8 @@ class LuoV5:
     __slots__ = ("kernel",)
 
     compatible = LUO_ABI_COMPATIBLE
+    undoes_torn_state = True
+    """Sessions and files that cannot be read are given up with their blocks."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -102,11 +102,11 @@ class LuoV5:
             raise
         return folio.phys
 
-    def publish_sessions(self, root: int, sessions_pa: int) -> None:
-        """Enter the sessions' first block into the root at ``root``, 0 for none."""
+    def publish_sessions(self, luo: Luo, sessions_pa: int) -> None:
+        """Enter the sessions' first block into the root, 0 for none."""
         kernel = self.kernel
         by = kernel.by("luo_session_serialize")
-        kernel.ram.write_u64(root + _SESSIONS_PA_OFFSET, sessions_pa, by)
+        kernel.ram.write_u64(luo.luo_ser_out + _SESSIONS_PA_OFFSET, sessions_pa, by)
 
     def session_set(self) -> KhoBlockSet:
         """An empty set for ``struct luo_session_ser``."""
@@ -116,6 +116,14 @@ class LuoV5:
         """An empty set for ``struct luo_file_ser``."""
         return KhoBlockSet(self.kernel, LUO_FILE_SER_BYTES)
 
+    def restore_files(self, files: KhoBlockSet | LuoArraySet, ser: LuoFileSetSer) -> None:
+        """Adopt the predecessor's files of a session; raises what their blocks are refused with."""
+        files.restore(ser.files)
 
-FORMATS = {LuoV5.compatible: LuoV5}
+
+FORMATS: dict[str, type[LuoV5] | type[LuoV1]] = {
+    LuoV5.compatible: LuoV5,
+    LuoV1.compatible: LuoV1,
+}
 """By the name that :attr:`khosim.kernel.release.Release.luo` gives."""
+LuoFormat: TypeAlias = LuoV5 | LuoV1

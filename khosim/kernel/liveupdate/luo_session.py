@@ -30,8 +30,9 @@ from khosim.kernel.slab import kmalloc
 
 if TYPE_CHECKING:
     from khosim.abi.luo import LuoFileSetSer
-    from khosim.kernel.kho_block import KhoBlockSet
     from khosim.kernel.liveupdate.luo_core import Luo
+    from khosim.kernel.liveupdate.luo_core import Luo
+    from khosim.kernel.liveupdate.luo_format import EntrySet
     from khosim.kernel.process import Process
     from khosim.kernel.uaccess import UserBuffer
 
@@ -67,7 +68,7 @@ class SessionHeader:
 
     __slots__ = ("active", "block_set", "sessions")
 
-    def __init__(self, block_set: KhoBlockSet) -> None:
+    def __init__(self, block_set: EntrySet) -> None:
         self.sessions: dict[str, LuoSession] = {}
         self.block_set = block_set
         self.active = False
@@ -299,7 +300,8 @@ class LuoSessions:
         except KernelError as refused:
             failed = refused
             self.deserialized = -refused.errno
-        header.block_set.destroy()
+        if failed is None or self._luo.format.undoes_torn_state:
+            header.block_set.destroy()
         if kernel.trace is not None:
             args = {"count": header.count}
             kernel.emit("luo_session_deserialize", args, self.deserialized)
@@ -356,7 +358,7 @@ class LuoSessions:
         kernel = luo.kernel
         header = self.outgoing
         by = kernel.by("luo_session_serialize")
-        luo.format.publish_sessions(luo.luo_ser_out, 0)
+        luo.format.publish_sessions(luo, 0)
         it = header.block_set.iterate()
         frozen: list[LuoSession] = []
         try:
@@ -386,7 +388,7 @@ class LuoSessions:
                 kernel.ram.zero(entry, LIVEUPDATE_SESSION_NAME_LENGTH, by)
             raise
         if header.sessions:
-            luo.format.publish_sessions(luo.luo_ser_out, header.block_set.head_pa)
+            luo.format.publish_sessions(luo, header.block_set.head_pa)
 
     def _write_file_set(self, entry: int, ser: LuoFileSetSer) -> None:
         kernel = self._luo.kernel

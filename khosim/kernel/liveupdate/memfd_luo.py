@@ -1,9 +1,9 @@
 """The memfd file handler: guest memory across a live update.
 
-Models ``mm/memfd_luo.c`` @ 7.3 (``memfd-v2``) in the kernel's order of operations. Contents are
-not touched: every folio is preserved where it lies, and a record of 16 bytes for each one
-(:mod:`khosim.abi.memfd`) goes into a vmalloc area that is preserved, too. Records are written and
-read by whole runs.
+Models ``mm/memfd_luo.c`` @ 7.3 (``memfd-v2``; ``memfd-v1`` is the same without seals) in the
+kernel's order of operations. Contents are not touched: every folio is preserved where it lies, and
+a record of 16 bytes for each one (:mod:`khosim.abi.memfd`) goes into a vmalloc area that is
+preserved, too. Records are written and read by whole runs.
 
 What the kernel loses or leaves behind here:
 
@@ -24,17 +24,14 @@ import errno
 from typing import TYPE_CHECKING
 
 from khosim.abi.memfd import (
+    LAYOUTS,
     MEMFD_LUO_ALL_SEALS,
-    MEMFD_LUO_FH_COMPATIBLE,
     MEMFD_LUO_FOLIO_DIRTY,
     MEMFD_LUO_FOLIO_SER_BYTES,
     MEMFD_LUO_FOLIO_UPTODATE,
-    MEMFD_LUO_SER_BYTES,
-    MEMFD_LUO_SER_FOLIOS_OFFSET,
-    MEMFD_LUO_SER_NR_FOLIOS_OFFSET,
     MEMFD_LUO_SER_POS_OFFSET,
-    MEMFD_LUO_SER_SEALS_OFFSET,
     MEMFD_LUO_SER_SIZE_OFFSET,
+    MemfdLayout,
     MemfdLuoSer,
     unpack_memfd_luo_ser,
 )
@@ -70,7 +67,9 @@ _FLAGS = MEMFD_LUO_FOLIO_DIRTY | MEMFD_LUO_FOLIO_UPTODATE
 class MemfdLuoHandler(FileHandler):
     """``memfd_luo_handler``: takes every shmem file that has no name in a file system."""
 
-    compatible = MEMFD_LUO_FH_COMPATIBLE
+    def __init__(self, layout: MemfdLayout = LAYOUTS["memfd-v2"]) -> None:
+        super().__init__(layout.compatible)
+        self.layout = layout
 
     def can_preserve(self, file: File) -> bool:
         """``memfd_luo_can_preserve``: not for hugetlb memfds."""
@@ -96,8 +95,8 @@ class MemfdLuoHandler(FileHandler):
         inode.shmem_freeze(True)
         ser: Folio | None = None
         try:
-            ser = kernel.kho_alloc_preserve(MEMFD_LUO_SER_BYTES)
-            if inode.seals & ~MEMFD_LUO_ALL_SEALS:
+            ser = kernel.kho_alloc_preserve(self.layout.ser_bytes)
+            if self.layout.seals_offset and inode.seals & ~MEMFD_LUO_ALL_SEALS:
                 raise KernelError(errno.EOPNOTSUPP, symbol, f"seals {inode.seals:#x}")
             by = kernel.by(symbol)
             ram = kernel.ram
@@ -106,10 +105,11 @@ class MemfdLuoHandler(FileHandler):
             if nr_pages > _UINT_MAX:
                 raise KernelError(errno.EFBIG, symbol, f"{nr_pages} pages")
             ram.write_u64(ser.phys + MEMFD_LUO_SER_SIZE_OFFSET, inode.i_size, by)
-            ram.write_u32(ser.phys + MEMFD_LUO_SER_SEALS_OFFSET, inode.seals, by)
-            slot = KhoVmallocSlot(kernel, ser.phys + MEMFD_LUO_SER_FOLIOS_OFFSET)
+            if self.layout.seals_offset:
+                ram.write_u32(ser.phys + self.layout.seals_offset, inode.seals, by)
+            slot = KhoVmallocSlot(kernel, ser.phys + self.layout.folios_offset)
             records, nr_folios = _preserve_folios(file, slot)
-            ram.write_u64(ser.phys + MEMFD_LUO_SER_NR_FOLIOS_OFFSET, nr_folios, by)
+            ram.write_u64(ser.phys + self.layout.nr_folios_offset, nr_folios, by)
         except KernelError as refused:
             if ser is not None:
                 kernel.kho_unpreserve_free(ser)
@@ -130,7 +130,7 @@ class MemfdLuoHandler(FileHandler):
             kernel.warn_once(f"WARNING: {symbol}: nothing was preserved", symbol)
             raise KernelError(errno.EINVAL, symbol, "nothing was preserved")
         assert args.file is not None
-        ser = kernel.virt(args.serialized_data, MEMFD_LUO_SER_BYTES)
+        ser = kernel.virt(args.serialized_data, self.layout.ser_bytes)
         kernel.ram.write_u64(ser + MEMFD_LUO_SER_POS_OFFSET, args.file.f_pos, kernel.by(symbol))
         if kernel.trace is not None:
             kernel.emit(symbol, {"file": args.file.name}, 0)
@@ -145,9 +145,9 @@ class MemfdLuoHandler(FileHandler):
         file = args.file
         assert isinstance(file, Memfd)
         file.inode.shmem_freeze(False)
-        ser = _load(kernel, args.serialized_data)
+        ser = self._load(kernel, args.serialized_data)
         if ser.nr_folios:
-            slot = KhoVmallocSlot(kernel, args.serialized_data + MEMFD_LUO_SER_FOLIOS_OFFSET)
+            slot = KhoVmallocSlot(kernel, args.serialized_data + self.layout.folios_offset)
             kho_unpreserve_vmalloc(kernel, slot)
             records: VmStruct = args.private_data
             runs = list(folio_runs(kernel, records, ser.nr_folios))
@@ -174,17 +174,20 @@ class MemfdLuoHandler(FileHandler):
         kernel = args.kernel
         symbol = "memfd_luo_retrieve"
         phys = args.serialized_data
-        ser = _load(kernel, phys)
+        ser = self._load(kernel, phys)
         file: Memfd | None = None
         try:
             if ser.seals & ~MEMFD_LUO_ALL_SEALS:
                 raise KernelError(errno.EOPNOTSUPP, symbol, f"seals {ser.seals:#x}")
-            file = memfd_alloc_file(kernel, "", MFD_ALLOW_SEALING)
-            file.add_seals(ser.seals)
+            if self.layout.seals_offset:
+                file = memfd_alloc_file(kernel, "", MFD_ALLOW_SEALING)
+                file.add_seals(ser.seals)
+            else:
+                file = memfd_alloc_file(kernel, "", 0)
             file.vfs_setpos(ser.pos)
             file.inode.i_size = ser.size
             if ser.nr_folios:
-                slot = KhoVmallocSlot(kernel, phys + MEMFD_LUO_SER_FOLIOS_OFFSET)
+                slot = KhoVmallocSlot(kernel, phys + self.layout.folios_offset)
                 records = kho_restore_vmalloc(kernel, slot)
                 if records is None:
                     raise KernelError(errno.EINVAL, symbol, "the records cannot be restored")
@@ -210,9 +213,9 @@ class MemfdLuoHandler(FileHandler):
             return
         kernel = args.kernel
         phys = args.serialized_data
-        ser = _load(kernel, phys)
+        ser = self._load(kernel, phys)
         if ser.nr_folios:
-            slot = KhoVmallocSlot(kernel, phys + MEMFD_LUO_SER_FOLIOS_OFFSET)
+            slot = KhoVmallocSlot(kernel, phys + self.layout.folios_offset)
             records = kho_restore_vmalloc(kernel, slot)
             if records is not None:
                 discard_folios(kernel, folio_runs(kernel, records, ser.nr_folios), warn=True)
@@ -221,10 +224,9 @@ class MemfdLuoHandler(FileHandler):
         if kernel.trace is not None:
             kernel.emit("memfd_luo_finish", {"phys": phys, "nr_folios": ser.nr_folios}, None)
 
-
-def _load(kernel: Kernel, phys: int) -> MemfdLuoSer:
-    kernel.virt(phys, MEMFD_LUO_SER_BYTES)
-    return unpack_memfd_luo_ser(kernel.ram.read(phys, MEMFD_LUO_SER_BYTES))
+    def _load(self, kernel: Kernel, phys: int) -> MemfdLuoSer:
+        size = self.layout.ser_bytes
+        return unpack_memfd_luo_ser(kernel.ram.read(kernel.virt(phys, size), size), 0, self.layout)
 
 
 def _preserve_folios(file: Memfd, slot: KhoVmallocSlot) -> tuple[VmStruct | None, int]:
