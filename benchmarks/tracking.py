@@ -11,6 +11,7 @@ import numpy.typing as npt
 from benchmarks.harness import Context, Record, best_of, best_of_each
 from khosim import Machine
 from khosim.kernel.kernel import Kernel
+from khosim.kernel.kho_radix import KhoRadixTree
 
 __all__ = ("tracking",)
 
@@ -112,7 +113,9 @@ def _preserve_scattered(pfns: npt.NDArray[np.int64]) -> None:
 def _walked_keys(kernel: Kernel) -> tuple[int, int]:
     """How many keys there are, and the sum of their addresses, as the yardstick counts them."""
     nr_keys = phys_sum = 0
-    for counts, values in kernel.kho_out.tree.walk_arrays():
+    tree = kernel.kho_out.tree
+    assert isinstance(tree, KhoRadixTree)
+    for counts, values in tree.walk_arrays():
         firsts, lengths = values[counts > 0].astype(np.int64), counts[counts > 0]
         order_bit = np.frexp(firsts.astype(np.float64))[1] - 1
         blocks = firsts ^ (np.int64(1) << order_bit)

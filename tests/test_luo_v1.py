@@ -1,4 +1,4 @@
-"""luo-v1 and memfd-v1 of 6.19 to 7.1: bytes by hand, limits, and what the next release makes of it."""
+"""luo-v1 and memfd-v1 of 6.19 to 7.1: bytes by hand, limits, what other releases make of them."""
 
 from __future__ import annotations
 

@@ -458,7 +458,7 @@ def test_a_crash_kernel_that_pushes_scratch_over_the_edge(tmp_path):
     log.write_text(FIRMWARE)
     found = plan_of(log)
     assert found["findings"] == [
-        "KHO turns itself off: KHO: Failed to reserve lowmem scratch buffer"
+        "KHO turns itself off: KHO: Failed to reserve scratch area, disabling kexec handover"
     ]
     (only,) = found["drivers"]
     assert only["what"].startswith("crashkernel=")
@@ -547,5 +547,5 @@ def test_rules_of_releases():
     assert release_of_uname("6.18.3+deb14-amd64").scratch_alignment == "pageblock"
     assert not release_of_uname("7.2.13").scratch_excludes_hugetlb
     assert release_of_uname("6.12.1") is None
-    with pytest.raises(InputError, match=r"'5\.4' is not one of 6\.16, .*7\.3"):
+    with pytest.raises(InputError, match=r"'5\.4' is no release khosim knows; it knows 6\.16, "):
         release_by_name("5.4")
