@@ -255,7 +255,11 @@ def restore_folio_range(
     restored with that order, as the kernel would.
     """
     end_pfn = pfn + (nr_folios << order)
-    if nr_folios == 1 or not is_plain_incoming(kernel, pfn, nr_folios, order):
+    if (
+        nr_folios == 1
+        or not _restores_plainly(kernel, order, as_pages)
+        or not is_plain_incoming(kernel, pfn, nr_folios, order)
+    ):
         shift = kernel.arch.page_shift
         kho_in = kernel.kho_in
         for done in range(nr_folios):
@@ -278,6 +282,18 @@ def restore_folio_range(
         args = {"phys": pfn << kernel.arch.page_shift, "order": order, "nr_blocks": nr_folios}
         kernel.emit(symbol, args, pfn)
     return nr_folios
+
+
+def _restores_plainly(kernel: Kernel, order: int, as_pages: bool) -> bool:
+    # Whether kho_restore_page does what it does in the newest releases.
+    release = kernel.release
+    return (
+        release.page_magic
+        and release.restore_clears_private
+        and release.restore_inits_refcounts
+        and not (release.restore_pages_compound and as_pages)
+        and not (release.restore_order_cap and order > kernel.arch.max_page_order)
+    )
 
 
 def is_plain_incoming(kernel: Kernel, pfn: int, nr_folios: int, order: int) -> bool:

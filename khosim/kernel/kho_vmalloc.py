@@ -62,6 +62,7 @@ __all__ = (
 _SUPPORTED_FLAGS = VM_ALLOC | VM_ALLOW_HUGE_VMAP
 _U64 = (1 << 64) - 1
 _NEXT = 0  # offset of hdr.next
+_NO_CHUNK = 1
 
 
 class KhoVmallocSlot:
@@ -115,13 +116,16 @@ def kho_preserve_vmalloc(kernel: Kernel, area: VmStruct | None, slot: KhoVmalloc
         raise KernelError(errno.ENOMEM, symbol, "the first chunk")
     slot.store(slot.load()._replace(first=chunk))
     error = _preserve_blocks(kernel, vm, chunk)
+    chunk_is_missing = error == _NO_CHUNK
+    if chunk_is_missing:
+        # 412a32f0e53f ("kho_preserve_vmalloc(): don't return 0 when ENOMEM") in 6.19.
+        error = -errno.ENOMEM if kernel.release.vmalloc_enomem_told else 0
     if kernel.trace is not None:
         kernel.emit(symbol, {"nr_pages": vm.nr_pages, "order": vm.page_order}, error)
-    if error:
+    if error or chunk_is_missing:
         _free_chunks(kernel, slot)
-        if error == -errno.ENOMEM and not kernel.release.vmalloc_enomem_told:
-            slot.store(slot.load()._replace(total_pages=0))
-            return
+        if not error:
+            return  # and the descriptor leads to a chunk that is free
         raise KernelError(-error, symbol, repr(vm))
     flags = KHO_VMALLOC_ALLOC if vm.flags & VM_ALLOC else 0
     if vm.flags & VM_ALLOW_HUGE_VMAP:
@@ -169,7 +173,7 @@ def _preserve_blocks(kernel: Kernel, vm: VmStruct, chunk: int) -> int:
                 return error
             chunk = _new_vmalloc_chunk(kernel, chunk)
             if not chunk:
-                return -errno.ENOMEM
+                return _NO_CHUNK
             runs, room = [], per_chunk
     return _fill_chunk(kernel, chunk, runs)
 
@@ -217,7 +221,12 @@ def _free_chunks(kernel: Kernel, slot: KhoVmallocSlot) -> None:
         pfn = chunk >> kernel.arch.page_shift
         kernel.kho_out.unpreserve_pages(pfn, 1)
         for head, nr_blocks in _block_runs(kernel, chunk, 1 << (descriptor.order & 31)):
-            _unpreserve_blocks(kernel, head, nr_blocks, descriptor.order)
+            if kernel.release.vmalloc_unpreserves_blocks:
+                _unpreserve_blocks(kernel, head, nr_blocks, descriptor.order)
+                continue
+            # Until 7ecd2e439d12 ("kho: fix unpreservation of higher-order vmalloc ...") in 6.18.
+            for n in range(nr_blocks):
+                kernel.kho_out.unpreserve_pages(head + (n << descriptor.order), 1)
         chunk = kernel.ram.read_u64(chunk + _NEXT)
         kernel.pages.free_pages(pfn, 0)
     if kernel.trace is not None:
@@ -242,6 +251,8 @@ def _block_runs(kernel: Kernel, chunk: int, step: int) -> list[tuple[int, int]]:
     phys = kernel.ram.view(chunk + KHO_VMALLOC_HDR_BYTES, size).view("<u8")
     if not phys[-1]:
         phys = phys[: int(np.argmin(phys != 0))]
+    elif not kernel.release.vmalloc_chunk_bounded:
+        phys = np.concatenate((phys, _words_behind(kernel, chunk + kernel.arch.page_size)))
     if not len(phys):
         return []
     pfns: npt.NDArray[np.uint64] = phys >> np.uint64(kernel.arch.page_shift)
@@ -250,6 +261,19 @@ def _block_runs(kernel: Kernel, chunk: int, step: int) -> list[tuple[int, int]]:
     ends = [*starts[1:], len(pfns)]
     heads = pfns[starts].tolist()
     return [(head, end - start) for head, start, end in zip(heads, starts, ends, strict=True)]
+
+
+def _words_behind(kernel: Kernel, phys: int) -> npt.NDArray[np.uint64]:
+    # The loop over a full chunk goes on to the first zero, on whatever page that is.
+    page_size = kernel.arch.page_size
+    found: list[npt.NDArray[np.uint64]] = []
+    while True:
+        words = kernel.ram.view(kernel.virt(phys, page_size), page_size).view("<u8")
+        zeros = np.flatnonzero(words == 0)
+        if len(zeros):
+            return np.concatenate((*found, words[: zeros[0]]))
+        found.append(words)
+        phys += page_size
 
 
 # -- restoring ----------------------------------------------------------------------------------
@@ -296,7 +320,13 @@ def _restore_area(kernel: Kernel, descriptor: KhoVmalloc, pages: Buffer) -> VmSt
     if area is None or not kmalloc(kernel, "vmap_pages_range"):
         return None
     for start_pfn, nr_pages in restored.runs:
-        area.add_run(start_pfn, nr_pages)
+        if kernel.release.vmalloc_fills_pages or not descriptor.order:
+            area.add_run(start_pfn, nr_pages)
+            continue
+        # Until 4bc84cd539df ("kho: kho_restore_vmalloc: fix initialization of pages array").
+        for head in range(start_pfn, start_pfn + nr_pages, 1 << descriptor.order):
+            for _ in range(1 << descriptor.order):
+                area.add_run(head, 1)
     area.free_pages_array = lambda: kvfree(kernel, pages)
     return area
 
