@@ -31,7 +31,6 @@ from khosim.kernel.slab import kmalloc
 if TYPE_CHECKING:
     from khosim.abi.luo import LuoFileSetSer
     from khosim.kernel.liveupdate.luo_core import Luo
-    from khosim.kernel.liveupdate.luo_core import Luo
     from khosim.kernel.liveupdate.luo_format import EntrySet
     from khosim.kernel.process import Process
     from khosim.kernel.uaccess import UserBuffer

@@ -78,6 +78,12 @@ class LuoArraySet:
         """1 while there is memory, else 0."""
         return int(bool(self.head_pa))
 
+    @property
+    def blocks(self) -> list[int]:
+        """The addresses of the pages."""
+        page_size = self._kernel.arch.page_size
+        return [self.head_pa + n * page_size for n in range(self._pages)] if self.head_pa else []
+
     def alloc(self) -> None:
         """Allocate and preserve the pages; raises the errors of ``kho_alloc_preserve``."""
         size = self._pages << self._kernel.arch.page_shift
