@@ -174,11 +174,16 @@ def read_kernel_config(data: bytes) -> KernelConfig:
     try:
         if crc32(text) != checksum:
             raise ValueError("what a flipped bit does to code is anybody's guess, but no good")
-        fields = json.loads(text)
-        behaviours = fields.pop("release")
-        behaviours["functions"] = tuple(behaviours["functions"])
-        release = Release(**behaviours)
-        nodes = tuple(fields.pop("cpu_nodes"))
-        return KernelConfig(release=release, cpu_nodes=nodes, **fields)
+        return _parse_config(text)
     except (ValueError, TypeError, AttributeError, KeyError):
         raise KernelPanic("the kernel image is corrupted: it faults in early boot") from None
+
+
+@lru_cache(maxsize=16)
+def _parse_config(text: bytes) -> KernelConfig:
+    # Equal bytes are equal configurations, and a chain of kernels boots the same image for ever.
+    fields = json.loads(text)
+    behaviours = fields.pop("release")
+    behaviours["functions"] = tuple(behaviours["functions"])
+    nodes = tuple(fields.pop("cpu_nodes"))
+    return KernelConfig(release=Release(**behaviours), cpu_nodes=nodes, **fields)
