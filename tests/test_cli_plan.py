@@ -123,7 +123,7 @@ def test_options_override_one_by_one(capsys):
         (("4G", "--initrd", "3G"), "initrd: 3145728 KiB do not fit above the kernel"),
         (("4G", "--nodes", "0"), "nodes: 0; a machine has 1 to 64"),
         (("4G", "--nodes", "x"), "argument --nodes: invalid int value: 'x'"),
-        (("4G", "--release", "5.4"), "--release: '5.4' is not one of 6.16"),
+        (("4G", "--release", "5.4"), "--release: '5.4' is no release khosim knows; it knows 6.16"),
         (("4G", "--arch", "riscv"), "argument --arch: invalid choice: 'riscv'"),
         (("4G", "--page-size", "5K"), "page size: 5120 on x86_64, which has 4096"),
         (("4G", "--page-size", "big"), "--page-size: 'big' is not a size"),

@@ -187,8 +187,38 @@ class Release:
     """Format of the Live Update Orchestrator's subtree; "" without."""
     luo_flb: bool = True
     """File-lifecycle-bound data has a place in it, which the successor insists on."""
+    luo_checks_names: bool = True
+    """A session's name is 1 to 63 bytes; else it may be empty, and is cut."""
+    luo_checks_session_type: bool = True
+    """Calls for sessions of the predecessor are refused on own ones, and the other way round."""
+    luo_checks_reserved: bool = True
+    """``SESSION_FINISH`` wants its reserved field to be zero."""
+    luo_get_name: bool = True
+    """There is ``LIVEUPDATE_SESSION_GET_NAME``."""
+    luo_one_owner: bool = True
+    """A file can be preserved once only."""
+    luo_remembers_retrieve: bool = True
+    """A ``retrieve`` that failed is not tried again."""
+    luo_unfreeze_keeps_handle: bool = True
+    """A file keeps its serialized data when a reboot fails."""
+    luo_skips_preserve_context: bool = True
+    """A kexec that comes back serializes nothing."""
+    luo_blocks_mutations: bool = True
+    """From the serialization on, nobody can change a session."""
     memfd: str = "memfd-v2"
     """Format of preserved memfds; "" without."""
+    memfd_id_is_inode: bool = True
+    """Two open files of one memfd are one for ``luo_one_owner``."""
+    memfd_makes_data: bool = True
+    """Preserved folios become up to date and dirty; else they cross as they are."""
+    memfd_checks_count: bool = True
+    """Files of 2**32 pages and more are -EFBIG; else only a first part of them is preserved."""
+    memfd_accounts_pages: bool = True
+    """A retrieved folio counts as all of its pages, not as one."""
+    memfd_puts_by_address: bool = True
+    """After a failed ``retrieve`` the other folios are freed; else their pfns pass as addresses."""
+    memfd_tells_midloop: bool = True
+    """A folio that cannot be restored makes ``retrieve`` fail, also behind others that could."""
 
     def evolve(self, **changes: Any) -> Release:
         """This release with some behaviours changed.

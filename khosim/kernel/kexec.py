@@ -342,7 +342,8 @@ def kernel_kexec(kernel: Kernel, image: Kimage | None = None) -> None:
         image = kernel.kexec_image
     if image is None:
         raise KernelError(errno.EINVAL, "kernel_kexec", "no image is loaded")
-    if not image.preserve_context and not image.is_crash:
+    comes_back = image.preserve_context and kernel.release.luo_skips_preserve_context
+    if not comes_back and not image.is_crash:
         kernel.liveupdate.reboot()
     machine_kexec(kernel, image)
 

@@ -39,6 +39,12 @@ _V71 = _V72.evolve(
     scratch_explicit_rounded=False,
     scratch_rounds_first=True,
     luo="luo-v1",
+    luo_checks_names=False,
+    luo_checks_session_type=False,
+    luo_checks_reserved=False,
+    luo_get_name=False,
+    luo_skips_preserve_context=False,
+    luo_blocks_mutations=False,
 )
 
 _V70 = _V71.evolve(
@@ -59,11 +65,22 @@ _V70 = _V71.evolve(
     restore_order_cap=True,
     revival_errno_told=True,
     scratch_failure_told="that",
+    luo_one_owner=False,
     memfd="memfd-v1",
+    memfd_id_is_inode=False,
+    memfd_checks_count=False,
+    memfd_accounts_pages=False,
+    memfd_puts_by_address=False,
+    memfd_tells_midloop=False,
 )
 
 _V619 = _V70.evolve(
-    name="6.19", uname="6.19.0", nr_pages_bits=32, luo_flb=False
+    name="6.19",
+    uname="6.19.0",
+    nr_pages_bits=32,
+    luo_flb=False,
+    luo_remembers_retrieve=False,
+    memfd_makes_data=False,
 )
 
 _V618 = _V619.evolve(

@@ -274,7 +274,9 @@ class Luo:
 
     def own(self, handler: FileHandler, file: File) -> None:
         """``xa_insert`` into ``luo_preserved_files``: raises -EBUSY for an owned file, -ENOMEM."""
-        number = _luo_get_id(handler, file)
+        if not self.kernel.release.luo_one_owner:
+            return
+        number = self._luo_get_id(handler, file)
         if number in self.preserved_files:
             raise KernelError(errno.EBUSY, "xa_insert", f"{file!r} is preserved already")
         if not kmalloc(self.kernel, "xa_insert"):
@@ -283,7 +285,13 @@ class Luo:
 
     def disown(self, handler: FileHandler, file: File) -> None:
         """``xa_erase``."""
-        self.preserved_files.pop(_luo_get_id(handler, file), None)
+        self.preserved_files.pop(self._luo_get_id(handler, file), None)
+
+    def _luo_get_id(self, handler: FileHandler, file: File) -> int:
+        is_memfd = isinstance(handler, MemfdLuoHandler)
+        if handler.ops.get_id is None or (is_memfd and not self.kernel.release.memfd_id_is_inode):
+            return id(file)
+        return handler.ops.get_id(file)
 
     # -- shared state ---------------------------------------------------------------------------
 
@@ -332,6 +340,3 @@ class Luo:
         if not self.kernel.release.luo_flb:
             raise KhoSimError(f"Linux {self.kernel.release.name} has no {symbol}")
 
-
-def _luo_get_id(handler: FileHandler, file: File) -> int:
-    return id(file) if handler.ops.get_id is None else handler.ops.get_id(file)

@@ -229,6 +229,8 @@ class LuoFileSet:
         for luo_file in files:
             if luo_file.handler.ops.unfreeze is not None:
                 luo_file.handler.ops.unfreeze(self._args(luo_file))
+            if not self._luo.kernel.release.luo_unfreeze_keeps_handle:
+                luo_file.serialized_data = 0
         self.block_set.clear()
         kernel = self._luo.kernel
         if kernel.trace is not None:
@@ -310,7 +312,8 @@ class LuoFileSet:
         try:
             handler.ops.retrieve(args)
         except KernelError as refused:
-            luo_file.retrieve_status = -refused.errno
+            if luo.kernel.release.luo_remembers_retrieve:
+                luo_file.retrieve_status = -refused.errno
             if luo.kernel.trace is not None:
                 luo.kernel.emit(symbol, {"token": token}, -refused.errno)
             raise

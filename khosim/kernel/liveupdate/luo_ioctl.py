@@ -92,7 +92,8 @@ def luo_session_ioctl(session: Session, process: Process, cmd: int, arg: UserBuf
     """``luo_session_ioctl``: a call on a session; 0, or raises."""
     symbol = "luo_session_ioctl"
     number = uapi.ioc_nr(cmd) - uapi.LIVEUPDATE_CMD_SESSION_BASE
-    if not 0 <= number < len(_SESSION_OPS):
+    known = len(_SESSION_OPS) if session.kernel.release.luo_get_name else len(_SESSION_OPS) - 1
+    if not 0 <= number < known:
         raise KernelError(errno.EINVAL, symbol, f"number {uapi.ioc_nr(cmd):#x}")
     user_size = get_user_u32(arg)
     op = _SESSION_OPS[number]
@@ -176,7 +177,8 @@ def _check_reserved(reserved: int, symbol: str) -> None:
 def _finish(session: Session, ucmd: LuoUcmd) -> None:
     # luo_session_finish
     _, reserved = uapi.FINISH.unpack(ucmd.cmd)
-    _check_reserved(reserved, "luo_session_finish")
+    if session.kernel.release.luo_checks_reserved:
+        _check_reserved(reserved, "luo_session_finish")
     session.session.file_set.finish()
     ucmd.respond()
 

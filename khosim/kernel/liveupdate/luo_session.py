@@ -130,6 +130,8 @@ class Session(File):
 
     def check_direction(self, incoming: bool | None) -> None:
         """``luo_ioctl_type_valid``: raises -EINVAL for a call on the wrong kind of session."""
+        if not self.kernel.release.luo_checks_session_type:
+            return
         if incoming is not None and self.session.retrieved != incoming:
             why = f"the session is {'outgoing' if incoming else 'incoming'}"
             raise KernelError(errno.EINVAL, "luo_session_ioctl", why)
@@ -172,7 +174,7 @@ class LuoSessions:
 
     def down_read(self) -> None:
         """Wait for the serialization to end: it does so only where it fails."""
-        if self.serialized:
+        if self.serialized and self._luo.kernel.release.luo_blocks_mutations:
             raise KhoSimError("this sleeps for ever: the sessions are frozen for the jump")
 
     # -- creating and retrieving ----------------------------------------------------------------
@@ -208,7 +210,8 @@ class LuoSessions:
         """
         symbol = "luo_session_create"
         length = len(name.encode("utf-8", "surrogateescape").split(b"\0", 1)[0])
-        if not 0 < length < LIVEUPDATE_SESSION_NAME_LENGTH:
+        is_checked = self._luo.kernel.release.luo_checks_names
+        if is_checked and not 0 < length < LIVEUPDATE_SESSION_NAME_LENGTH:
             raise KernelError(errno.EINVAL, symbol, f"a name of {length} bytes")
         session = self._alloc(name.split("\0", 1)[0])
         self.down_read()

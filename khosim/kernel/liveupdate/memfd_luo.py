@@ -102,7 +102,7 @@ class MemfdLuoHandler(FileHandler):
             ram = kernel.ram
             ram.write_u64(ser.phys + MEMFD_LUO_SER_POS_OFFSET, file.f_pos, by)
             nr_pages = -(-inode.i_size >> kernel.arch.page_shift)
-            if nr_pages > _UINT_MAX:
+            if nr_pages > _UINT_MAX and kernel.release.memfd_checks_count:
                 raise KernelError(errno.EFBIG, symbol, f"{nr_pages} pages")
             ram.write_u64(ser.phys + MEMFD_LUO_SER_SIZE_OFFSET, inode.i_size, by)
             if self.layout.seals_offset:
@@ -235,7 +235,7 @@ def _preserve_folios(file: Memfd, slot: KhoVmallocSlot) -> tuple[VmStruct | None
     symbol = "memfd_luo_preserve_folios"
     if not inode.i_size:
         return None, 0
-    max_folios = -(-inode.i_size >> kernel.arch.page_shift)
+    max_folios = -(-inode.i_size >> kernel.arch.page_shift) & _UINT_MAX
     array = kvmalloc(kernel, max_folios * 8, symbol)
     if array is None:
         raise KernelError(errno.ENOMEM, symbol, f"an array of {max_folios} pointers")
@@ -260,11 +260,13 @@ def _preserve_pinned(
         raise KernelError(errno.ENOMEM, symbol, f"{nr_folios} records")
     folios = [FolioRun(run.pfn, run.order, run.nr_folios) for run in runs]
     error, done = preserve_folio_runs(kernel, folios)
-    _make_data(inode, runs, done)
+    is_data = kernel.release.memfd_makes_data
+    if is_data:
+        _make_data(inode, runs, done)
     try:
         if error:
             raise KernelError(-error, symbol, f"kho_preserve_folio after {done} folios")
-        write_records(kernel, records, runs, _FLAGS)
+        write_records(kernel, records, runs, _FLAGS if is_data else None)
         kho_preserve_vmalloc(kernel, records, slot)
     except KernelError:
         unpreserve_folio_runs(kernel, _first(folios, done))

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from khosim.abi.memfd import MEMFD_LUO_FOLIO_SER_BYTES, MEMFD_LUO_PFN_BITS
+from khosim.abi.memfd import (
+    MEMFD_LUO_FOLIO_DIRTY,
+    MEMFD_LUO_FOLIO_SER_BYTES,
+    MEMFD_LUO_FOLIO_UPTODATE,
+    MEMFD_LUO_PFN_BITS,
+)
 from khosim.kernel.folio_range import is_plain_incoming, put_folio_range, restore_folio_range
 
 if TYPE_CHECKING:
@@ -57,15 +62,25 @@ class RecordRun(NamedTuple):
         )
 
 
-def write_records(kernel: Kernel, area: VmStruct, runs: Iterable[CacheRun], flags: int) -> None:
-    """Fill ``area`` with a record for every folio of ``runs``, all with these ``flags``."""
+def _flags_of(run: CacheRun) -> int:
+    dirty = MEMFD_LUO_FOLIO_DIRTY if run.dirty else 0
+    return dirty | (MEMFD_LUO_FOLIO_UPTODATE if run.uptodate else 0)
+
+
+def write_records(
+    kernel: Kernel, area: VmStruct, runs: Iterable[CacheRun], flags: int | None
+) -> None:
+    """Fill ``area`` with a record for every folio of ``runs``, all with these ``flags``.
+
+    None is for the flags that the folios have themselves.
+    """
     symbol = "memfd_luo_preserve_folios"
-    high = flags << MEMFD_LUO_PFN_BITS
     forward: dict[int, Words] = {}
     few = bytearray()
     offset = 0
     for run in runs:
         order, pfn, index = run.order, run.pfn, run.index
+        high = (_flags_of(run) if flags is None else flags) << MEMFD_LUO_PFN_BITS
         if run.nr_folios < _FEW:
             for at in range(0, run.nr_folios << order, 1 << order):
                 few += _RECORD.pack(pfn + at | high, index + at)

@@ -17,6 +17,9 @@ from khosim.kernel.liveupdate.memfd_records import RecordRun, discard_folios, fo
 from khosim.kernel.page_cache import CacheRun
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from khosim.kernel.kernel import Kernel
     from khosim.kernel.memfd import Memfd
     from khosim.kernel.shmem import ShmemInode
     from khosim.kernel.vmalloc import VmStruct
@@ -34,6 +37,7 @@ def retrieve_folios(file: Memfd, records: VmStruct, nr_folios: int) -> None:
     """
     inode = file.inode
     kernel = file.kernel
+    release = kernel.release
     runs = folio_runs(kernel, records, nr_folios)
     added = 0
     while batch := list(islice(runs, _BATCH)):
@@ -43,15 +47,30 @@ def retrieve_folios(file: Memfd, records: VmStruct, nr_folios: int) -> None:
             nr_pages, done, error = _add_batch(inode, [run]), run.nr_folios, 0
             if not nr_pages:
                 done, error = _add_run(inode, run)
-            added += done << run.order
+            added += done << run.order if release.memfd_accounts_pages else done
             if error:
                 # The refused folio is gone already; put_folios: the ones behind it.
                 rest = [run.tail(done + 1)] if done + 1 < run.nr_folios else []
                 behind = chain(rest, batch[number + 1 :], runs)
-                discard_folios(kernel, behind, warn=False)
+                if release.memfd_puts_by_address:
+                    discard_folios(kernel, behind, warn=False)
+                else:
+                    _put_by_pfn(kernel, behind)
                 inode.recalc(added)
+                # Until 0fb1daf0b78d in 7.1 err was that of the folio before: 0, but for the first.
+                if error == -errno.EIO and added and not release.memfd_tells_midloop:
+                    return
                 raise KernelError(-error, "memfd_luo_retrieve_folios", f"{run}")
     inode.recalc(added)
+
+
+def _put_by_pfn(kernel: Kernel, runs: Iterable[RecordRun]) -> None:
+    # Until 7.1: kho_restore_folio(pfn), which frees other folios or none.
+    for pfn, _, _, order, nr_folios in runs:
+        for head in range(pfn, pfn + (nr_folios << order), 1 << order):
+            restored = kernel.kho_in.restore_folio(head)
+            if restored is not None:
+                kernel.pages.free_pages(*restored)
 
 
 def _add_batch(inode: ShmemInode, batch: list[RecordRun]) -> int:
@@ -60,7 +79,7 @@ def _add_batch(inode: ShmemInode, batch: list[RecordRun]) -> int:
     Every page is waiting to be restored, none is named twice, and the file has room for all.
     """
     kernel = inode.kernel
-    if kernel.pages.fail is not None:
+    if kernel.pages.fail is not None or not kernel.release.memfd_accounts_pages:
         return 0
     at = batch[0].pgoff
     for run in batch:
@@ -118,7 +137,8 @@ def _add_run(inode: ShmemInode, run: RecordRun) -> tuple[int, int]:
 def _add_folio(inode: ShmemInode, folio: CacheRun) -> int:
     error = inode.add_to_page_cache(folio)
     if not error:
-        error = inode.acct_blocks(1 << folio.order)
+        is_paged = inode.kernel.release.memfd_accounts_pages
+        error = inode.acct_blocks(1 << folio.order if is_paged else 1)
         if error:
             inode.mapping.take(folio.index, folio.end)
     if error:
