@@ -32,7 +32,7 @@ MAY_USE: dict[str, set[str]] = {
     "simulator": BASE | {"machine", "abi", "kernel", "checks", "capture", "conform"},
     "plan": BASE | {"machine", "kernel", "capture", "conform"},
     "lab": BASE | {"machine", "abi", "kernel", "checks", "capture", "inspect", "__init__"},
-    "scenario": BASE | {"machine", "kernel", "checks", "capture", "simulator"},
+    "scenario": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},

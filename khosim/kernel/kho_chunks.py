@@ -31,7 +31,7 @@ from khosim.abi.kho_v1 import (
 )
 from khosim.errors import KernelPanic
 from khosim.kernel.kho_radix import Pfns
-from khosim.kernel.kho_radix_bits import runs_of_bits
+from khosim.kernel.kho_radix_bits import bytes_of_bits, fill_bits, runs_of_bits
 from khosim.kernel.kho_tracker import BlockTracker
 from khosim.kernel.kmalloc_cache import KmallocCache
 from khosim.kernel.slab import kmalloc
@@ -135,16 +135,9 @@ class KhoChunks(BlockTracker):
         return 0, nr_keys
 
     def _fill(self, at: int, low: int, high: int) -> None:
-        first, last = low >> 3, (high - 1) >> 3
         by = self.kernel.by("__kho_preserve_order")
-        bytes_ = self.kernel.ram.writable(at + first, last + 1 - first, by)
-        head, tail = 0xFF << (low & 7) & 0xFF, 0xFF >> (7 - ((high - 1) & 7))
-        if first == last:
-            bytes_[0] |= head & tail
-            return
-        bytes_[0] |= head
-        bytes_[-1] |= tail
-        bytes_[1:-1] = 0xFF
+        bytes_ = self.kernel.ram.writable(at + (low >> 3), bytes_of_bits(low, high), by)
+        fill_bits(bytes_, low, high, is_set=True)
 
     def add_many(self, keys: Pfns) -> tuple[int, int]:
         """:meth:`add_block` for an array of keys; neighbours in it go together."""

@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from khosim.errors import KernelPanic
 from khosim.kernel.kho_radix_bits import (
+    bytes_of_bits,
+    fill_bits,
     first_uses,
     runs_of_bits,
     runs_of_leaves,
@@ -445,16 +447,6 @@ class KhoRadixTree:
     def _fill(self, leaf: int, key: int, stop: int, symbol: str) -> None:
         memory = self._memory
         low, high = key & self._leaf_mask, ((stop - 1) & self._leaf_mask) + 1
-        first, last = low >> 3, (high - 1) >> 3
-        at = memory.virt(leaf + first, last + 1 - first)
-        bytes_ = memory.ram.writable(at, last + 1 - first, memory.by(symbol))
-        head, tail = 0xFF << (low & 7) & 0xFF, 0xFF >> (7 - ((high - 1) & 7))
-        add = symbol == "kho_radix_add_key"
-        if first == last:
-            edges = [(0, head & tail)]
-        else:
-            edges = [(0, head), (last - first, tail)]
-            bytes_[1:-1] = 0xFF if add else 0
-        for i, mask in edges:
-            value = int(bytes_[i])
-            bytes_[i] = value | mask if add else value & ~mask & 0xFF
+        at = memory.virt(leaf + (low >> 3), bytes_of_bits(low, high))
+        bytes_ = memory.ram.writable(at, bytes_of_bits(low, high), memory.by(symbol))
+        fill_bits(bytes_, low, high, is_set=symbol == "kho_radix_add_key")

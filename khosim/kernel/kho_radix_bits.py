@@ -11,7 +11,15 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("first_uses", "runs_of_bits", "runs_of_leaves", "set_bits", "used_words")
+__all__ = (
+    "bytes_of_bits",
+    "fill_bits",
+    "first_uses",
+    "runs_of_bits",
+    "runs_of_leaves",
+    "set_bits",
+    "used_words",
+)
 
 Numbers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -107,3 +115,21 @@ def first_uses(groups: Numbers) -> tuple[Numbers, Numbers]:
     number_of = np.empty(spread, dtype=np.int64)
     number_of[used] = np.arange(len(used), dtype=np.int64)
     return number_of[offsets], first_seen[used]
+
+
+def bytes_of_bits(low: int, high: int) -> int:
+    """How many bytes the bits [low, high) of a bitmap lie in."""
+    return ((high - 1) >> 3) - (low >> 3) + 1
+
+
+def fill_bits(bytes_: npt.NDArray[np.uint8], low: int, high: int, *, is_set: bool) -> None:
+    """Set or clear the bits [low, high) of a bitmap; ``bytes_`` are those that they lie in."""
+    head, tail = 0xFF << (low & 7) & 0xFF, 0xFF >> (7 - ((high - 1) & 7))
+    if len(bytes_) == 1:
+        edges = [(0, head & tail)]
+    else:
+        edges = [(0, head), (len(bytes_) - 1, tail)]
+        bytes_[1:-1] = 0xFF if is_set else 0
+    for i, mask in edges:
+        value = int(bytes_[i])
+        bytes_[i] = value | mask if is_set else value & ~mask & 0xFF
