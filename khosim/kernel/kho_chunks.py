@@ -260,7 +260,7 @@ class KhoChunks(BlockTracker):
         size = self._bits // 8
         bitmap = kernel.ram.view(kernel.virt(element.bitmap_phys, size), size)
         shift = order + kernel.arch.page_shift
-        for nr_bits, bit in runs_of_bits(bitmap, 0):
+        for nr_bits, bit in runs_of_bits(bitmap.view("<u8"), 0):
             if shift < _SANE_SHIFT and element.phys_start + (bit + nr_bits << shift) <= _U64:
                 yield element.phys_start + (bit << shift), order, nr_bits
             else:

@@ -42,8 +42,7 @@ Pfns = npt.NDArray[np.int64]
 _FEW_KEYS = 64
 _MANY_LEAVES = 8  # leaves of one table from which numpy reads them together
 _BATCH_LEAVES = 64
-_REPEATS_MAX = 1 << 15
-_U64 = (1 << 64) - 1
+_REPEATS_MAX, _U64 = 1 << 15, (1 << 64) - 1
 _WARN = "WARNING: {}: tree has no root"
 
 
@@ -93,10 +92,9 @@ class KhoRadixTree:
         check_width: bool = True,
         root_from: Callable[[], int] | None = None,
     ) -> None:
-        """``depth`` is the number of levels, that of 7.3 by default.
+        """``depth`` in levels is that of 7.3 by default. ``root_from`` gives another root table.
 
         Without ``check_width`` too wide keys lose their upper bits, as before 955409ba5715 in 7.3.
-        ``root_from`` gives the root table where that is no page like the others.
         """
         arch = memory.arch
         depth = depth or arch.tree_depth
