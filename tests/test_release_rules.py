@@ -1,0 +1,160 @@
+"""One behaviour of a release after the other, each with the release before and after."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from khosim import KernelPanic, Machine
+from khosim.kernel.kho_chunks import KhoChunks
+from khosim.kernel.kho_radix import KhoRadixTree
+from khosim.kernel.kho_scratch import ScratchSizes
+from khosim.kernel.kho_tracker import make_tracker, radix_depth
+from khosim.kernel.release import find_release
+
+GIB, MIB = 1 << 30, 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "in_6_17", "in_6_18"),
+    [
+        ("8M,8M,8M", 0, 0),
+        ("8M,0,8M", -errno.EINVAL, 0),
+        ("0,0,0", -errno.EINVAL, -errno.EINVAL),
+        ("8M,8M,8Mfoo", 0, -errno.EINVAL),
+        ("8M,8M", -errno.EINVAL, -errno.EINVAL),
+        ("150%", 0, 0),
+    ],
+)
+def test_the_scratch_argument(text, in_6_17, in_6_18):
+    """6.18 takes zeros, and wants nothing behind the three sizes."""
+    for release, expected in (("6.17", in_6_17), ("6.18", in_6_18)):
+        assert ScratchSizes().parse(text, lambda _: None, find_release(release)) == expected
+
+
+@pytest.mark.parametrize(
+    ("release", "is_on", "told"),
+    [("6.16", False, 0), ("6.17", False, 1), ("6.18", False, 1), ("6.19", True, 0)],
+)
+def test_a_node_without_memory(release, is_on, told):
+    """427b2535f513 in 6.19; before, no scratch can be had and KHO goes off, in 6.16 silently."""
+    machine = Machine("512M", nodes=2, memoryless=(2,))
+    kernel = machine.boot(release, cmdline="kho=on")
+    assert kernel.kho_enable is is_on
+    messages = [line for line in kernel.messages if "Failed to reserve scratch" in line]
+    assert len(messages) == told
+
+
+@pytest.mark.parametrize(("release", "spoke"), [("7.1", True), ("7.2", False)])
+def test_explicit_sizes_that_are_no_pageblocks(release, spoke):
+    """0e39380a7316: the pageblock behind the end of an area is freed with it, whosever it is."""
+    machine = Machine("256M")
+    kernel = machine.boot(release, cmdline="kho=on kho_scratch=9M,9M,9M")
+    sizes = {size for _, size in kernel.scratch_areas()}
+    assert (9 * MIB in sizes) is spoke
+    assert bool(machine.check()) is spoke
+
+
+@pytest.mark.parametrize(("release", "given"), [("7.0", True), ("7.0.y", False), ("7.1", False)])
+def test_crash_images(release, given):
+    """a6715d7ec472: a crash image gets the handover's address and scratch."""
+    machine = Machine("1G")
+    kernel = machine.boot(release, cmdline="kho=on crashkernel=64M")
+    image = kernel.kexec_file_load(
+        machine._last_boot[0], initrd_bytes=1 << 20, cmdline="kho=on", on_crash=True
+    )
+    assert (image.kho_scratch is not None) is given
+    assert bool(image.kho_fdt) is given
+
+
+def test_a_range_over_two_nodes():
+    """91e74fa8b1bc: from 7.1 on a block keeps to one node; the invariant speaks before."""
+    for release, spoke in (("7.0", True), ("7.1", False)):
+        machine = Machine("256M", nodes=["130M", "126M"])
+        kernel = machine.boot(release, cmdline="kho=on")
+        border = machine.hardware.memory_map.node_ranges[-1].start >> 12
+        start = border - 512 & -1024
+        kernel.kho_preserve_pages(start, 1024)
+        kernel.finalize()
+        told = {v.invariant for v in machine.check()}
+        assert ("one-node-per-block" in told) is spoke
+
+
+def test_taking_back_a_range_over_two_nodes():
+    """8fd2f26fa2a3: without the same split other blocks are cleared, and the real ones stay."""
+    for fixed in (True, False):
+        machine = Machine("256M", nodes=["130M", "126M"], checks=False)
+        release = find_release("7.1").evolve(unpreserve_splits_at_nodes=fixed)
+        kernel = machine.boot(release, cmdline="kho=on")
+        border = machine.hardware.memory_map.node_ranges[-1].start >> 12
+        before = list(kernel.kho_out.tree.walk())
+        start = border - 512 & -1024
+        kernel.kho_preserve_pages(start, 1024)
+        kernel.kho_unpreserve_pages(start, 1024)
+        runs = [run for run in kernel.kho_out.tree.walk() if run[0]]
+        assert (runs == [run for run in before if run[0]]) is fixed
+
+
+@pytest.mark.parametrize(("release", "fits"), [("7.1", False), ("7.2", True)])
+def test_a_block_of_2_gib(release, fits):
+    """3a0b8fa2eb36: its size is negative, so that all memory above is reserved, too."""
+    machine = Machine("12G", checks=False)
+    kernel = machine.boot(release, cmdline="kho=on")
+    kernel.kho_preserve_pages((8 * GIB) >> 12, (2 * GIB) >> 12)
+    try:
+        successor = kernel.kexec()
+    except KernelPanic:
+        assert not fits  # nothing is left to boot with
+        return
+    reserved = sum(
+        end - base
+        for base, end in zip(
+            successor.memblock.reserved.base, successor.memblock.reserved.end, strict=True
+        )
+        if base >= 8 * GIB
+    )
+    assert (reserved >= 4 * GIB) is not fits
+
+
+def test_depths_of_the_radix_tree():
+    """The table of sizes and depths: one level too few with 16 KiB pages before the fix."""
+    depths = {4096: (6, 6), 16384: (4, 5), 65536: (4, 4)}
+    for page_size, (without, with_bit) in depths.items():
+        for ignores, depth in ((True, without), (False, with_bit)):
+            release = find_release("7.1").evolve(tree_depth_ignores_order_bit=ignores)
+            machine = Machine("3G", arch="arm64", page_size=page_size, checks=False)
+            assert radix_depth(machine.boot(release)) == depth
+
+
+def test_the_wrong_depth_is_deadly():
+    """d64b0372760e: the successor decodes an order-0 key as a block that no machine has."""
+    machine = Machine("2G", arch="arm64", page_size=16384)
+    kernel = machine.boot("7.1+tree_depth_ignores_order_bit=on", cmdline="kho=on")
+    with pytest.raises(KernelPanic, match="kho_preserved_memory_reserve"):
+        kernel.kexec()
+    assert any(v.invariant == "handover-wellformed" for v in machine.check())
+
+
+@pytest.mark.parametrize(("release", "number"), [("7.2", 0), ("7.3", -errno.ERANGE)])
+def test_keys_that_are_too_wide(release, number):
+    """955409ba5715: refused in 7.3, cut before."""
+    tree = make_tracker(Machine("64M", checks=False).boot(release, cmdline="kho=on"))
+    assert isinstance(tree, KhoRadixTree)
+    assert tree.init_tree() == 0
+    assert tree.add_key(1 << 60) == number
+
+
+def test_trackers_by_name():
+    """Chunks to 7.0, a radix tree since."""
+    for release, kind in (("7.0", KhoChunks), ("7.1", KhoRadixTree)):
+        kernel = Machine("64M", checks=False).boot(release, cmdline="kho=off")
+        assert isinstance(kernel.kho_out.tree, kind)
+
+
+@pytest.mark.parametrize(("release", "from_slab"), [("7.1", True), ("7.2", True), ("7.3", False)])
+def test_where_the_root_table_comes_from(release, from_slab):
+    """kzalloc until 7.2: its page belongs to a cache."""
+    kernel = Machine("64M").boot(release, cmdline="kho=on")
+    owner = kernel.page(kernel.kho_out.tree.root >> 12).owner
+    assert (owner == "kmalloc-4096") is from_slab
