@@ -12,6 +12,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from khosim.errors import InputError, KernelError, KhoSimError
+from khosim.kernel.page_map import KHO_PAGE_MAGIC
 
 if TYPE_CHECKING:
     from khosim.kernel.kho_debugfs import KhoDebugfs
