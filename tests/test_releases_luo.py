@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from khosim import KernelError, Machine
+from khosim.inspect.blob import inspect_blob
 from khosim.kernel.kexec import kernel_kexec
 from khosim.kernel.liveupdate.file_ops import FileHandler
 from khosim.kernel.release import find_release
@@ -164,3 +165,12 @@ def test_a_handle_that_unfreezing_forgets():
     assert session.session.file_set.freeze() is not None
     session.session.file_set.unfreeze()
     assert errno_of(session.session.file_set.freeze) == "EINVAL"
+
+
+@pytest.mark.parametrize("release", ["6.19", "7.0", "7.1", "7.2", "7.3"])
+def test_a_root_fdt_alone_is_sound(release):
+    """Read without memory, too: 7.1 is the only one to tell the size of a LUO that is a tree."""
+    kernel = Machine("256M").boot(release, cmdline="kho=on liveupdate=on")
+    kernel.finalize()
+    fdt = kernel.kexec().debugfs.read("in/fdt")
+    assert inspect_blob(fdt, "in", name="fdt").damage == []
