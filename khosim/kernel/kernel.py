@@ -253,12 +253,6 @@ class Kernel(DirectMap, KhoCalls):
                 self.emit(symbol, {}, phys)
         return nodes
 
-    def kzalloc_page(self) -> int:
-        """``kzalloc(PAGE_SIZE)`` of ``kho_init``: an object's address, or 0."""
-        if self.page_cache is None:
-            self.page_cache = KmallocCache(self, self.arch.page_size)
-        return self.page_cache.kzalloc("kho_init")
-
     def kho_radix_free_node(self, phys: int) -> None:
         """Give a tree's page back to where it came from."""
         if self.page_cache is not None and self.page_cache.holds(phys):

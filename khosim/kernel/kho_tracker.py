@@ -12,10 +12,12 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from khosim.errors import InputError, KernelPanic
 from khosim.kernel.kho_radix import KhoRadixTree, Pfns, kho_decode_radix_key, kho_encode_radix_key
+from khosim.kernel.kmalloc_cache import KmallocCache
 from khosim.plugins import loaded_plugin
 
 if TYPE_CHECKING:
@@ -134,6 +136,13 @@ def radix_depth(kernel: Kernel) -> int:
     return -(-(key_bits - leaf_bits) // (arch.page_shift - 3)) + 1
 
 
+def _kzalloc_page(kernel: Kernel) -> int:
+    """``kzalloc(PAGE_SIZE)`` of ``kho_init``: an object's address, or 0."""
+    if kernel.page_cache is None:
+        kernel.page_cache = KmallocCache(kernel, kernel.arch.page_size)
+    return kernel.page_cache.kzalloc("kho_init")
+
+
 def make_tracker(kernel: Kernel) -> Tracker:
     """An empty tracker of the kind that the kernel's release has."""
     name = kernel.release.tracker
@@ -142,7 +151,9 @@ def make_tracker(kernel: Kernel) -> Tracker:
             kernel,
             depth=radix_depth(kernel),
             check_width=kernel.release.radix_key_width_checked,
-            root_from=kernel.kzalloc_page if kernel.release.tree_root_from_slab else None,
+            root_from=partial(_kzalloc_page, kernel)
+            if kernel.release.tree_root_from_slab
+            else None,
         )
     if name == "chunks":
         from khosim.kernel.kho_chunks import KhoChunks
