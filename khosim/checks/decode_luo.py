@@ -1,11 +1,13 @@
-"""The checkers' reader of what the Live Update Orchestrator hands over, format luo-v5.
+"""The checkers' reader of what the Live Update Orchestrator hands over, luo-v5 and luo-v1.
 
 ``struct luo_ser`` is the blob of the subtree "LUO"; it points to the blocks that hold sessions,
 these to blocks of files, and beside them lies one page of FLBs, objects that live as long as files
 need them (``include/linux/kho/abi/luo.h``; ``kernel/liveupdate/luo_{core,session,file,flb}.c`` @
 7.2 and 7.3). What a file's ``data`` means is its handler's business: memfds are read, others named.
 
-Never raises on what memory holds. Left out: luo-v1 of 6.19 to 7.1, which is a device tree.
+What luo-v1 of 6.19 to 7.1 has instead of blocks is in ``decode_luo_v1``.
+
+Never raises on what memory holds.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from khosim.checks.decode_block import decode_blocks
-from khosim.checks.decode_memfd import MEMFD_COMPATIBLE, Memfd, decode_memfd
+from khosim.checks.decode_luo_v1 import FILE_PAGES, SESSION_PAGES, decode_array, parse_luo_v1
+from khosim.checks.decode_memfd import MEMFD_RECORDS, Memfd, decode_memfd
 from khosim.checks.decode_walk import Walk, as_text
 from khosim.checks.preserved import covers
 from khosim.checks.reader import ProblemLog
@@ -40,6 +43,7 @@ __all__ = (
 _HEADER = Struct("<8sQQQ")
 LUO_BYTES = _HEADER.size
 _COMPATIBLE = b"luo-v5"
+_COMPATIBLE_V1 = "luo-v1"
 _SESSION = Struct("<64sQQ")
 _FILE = Struct("<48sQQ")
 _FLB_HEADER = Struct("<QQ")
@@ -99,8 +103,7 @@ def parse_luo_header(
 ) -> tuple[str, int, int, int] | None:
     """``compatible``, ``liveupdate_num``, ``sessions_pa`` and ``flbs_pa`` of a blob, or None."""
     if data.startswith(_FDT_MAGIC):
-        log.add("luo-compatible", phys, "a device tree, as luo-v1 is", path, "luo-v5")
-        return None
+        return parse_luo_v1(data, phys, log, path)
     if len(data) < LUO_BYTES:
         log.add("luo-size", phys, f"{len(data)} bytes", path, f"at least {LUO_BYTES} bytes")
         return None
@@ -128,7 +131,7 @@ def decode_luo(
     """
     log = ProblemLog()
     walk = Walk(reader, page_size, log)
-    data = walk.read(blob.start, min(blob.size, LUO_BYTES), path, blob.start)
+    data = walk.read(blob.start, min(blob.size, page_size), path, blob.start)
     header = None if data is None else parse_luo_header(data, blob.start, log, path)
     if header is None:
         return Luo(None, 0, 0, 0, [], [], {}, log.done())
@@ -136,8 +139,9 @@ def decode_luo(
     sessions: list[LuoSession] = []
     flbs: list[LuoFlb] | None = []
     walk.pages[blob.start & -page_size] = path
-    if compatible.encode() == _COMPATIBLE:
-        decoder = _Decoder(walk, preserved, content)
+    is_v1 = compatible == _COMPATIBLE_V1
+    if is_v1 or compatible.encode() == _COMPATIBLE:
+        decoder = _Decoder(walk, preserved, content, is_v1=is_v1)
         sessions = decoder.sessions(sessions_phys, f"{path}/sessions", blob.start + 16)
         flbs = None
         if not _is_left_out(reader, flbs_phys, page_size, preserved):
@@ -188,18 +192,26 @@ def _file_json(file: LuoFile) -> dict[str, Any]:
 class _Decoder:
     """Reads sessions, files and FLBs with one walk."""
 
-    __slots__ = ("content", "preserved", "walk")
+    __slots__ = ("content", "is_v1", "preserved", "walk")
 
-    def __init__(self, walk: Walk, preserved: Preserved | None, content: bool) -> None:
+    def __init__(
+        self, walk: Walk, preserved: Preserved | None, content: bool, *, is_v1: bool
+    ) -> None:
+        self.is_v1 = is_v1
         self.walk = walk
         self.preserved = preserved
         self.content = content
 
     def sessions(self, head: int, path: str, at: int) -> list[LuoSession]:
-        """The sessions of the block list at ``head``."""
+        """The sessions of the block list, or the array, at ``head``."""
         found: list[LuoSession] = []
         names: set[str] = set()
-        for phys, raw in decode_blocks(self.walk, head, _SESSION.size, path, at):
+        walk, size = self.walk, _SESSION.size
+        if self.is_v1:
+            entries = decode_array(walk, head, SESSION_PAGES, size, None, path, at) if head else []
+        else:
+            entries = decode_blocks(walk, head, size, path, at)
+        for phys, raw in entries:
             where = f"{path}[{len(found)}]"
             raw_name, files, count = _SESSION.unpack(raw)
             name = self.name(raw_name, phys, f"{where}/name")
@@ -215,7 +227,12 @@ class _Decoder:
         found: list[LuoFile] = []
         tokens: set[int] = set()
         where = f"{path}/files"
-        for phys, raw in decode_blocks(self.walk, head, _FILE.size, where, at):
+        walk, size = self.walk, _FILE.size
+        if self.is_v1:
+            entries = decode_array(walk, head, FILE_PAGES, size, count, where, at) if head else []
+        else:
+            entries = decode_blocks(walk, head, size, where, at)
+        for phys, raw in entries:
             place = f"{where}[{len(found)}]"
             raw_name, data, token = _FILE.unpack(raw)
             handler = self.name(raw_name, phys, f"{place}/compatible")
@@ -224,9 +241,15 @@ class _Decoder:
                 self.walk.note("luo-token", phys + 56, f"{token:#x}", f"{place}/token", expected)
             tokens.add(token)
             memfd = None
-            if handler == MEMFD_COMPATIBLE:
+            if handler in MEMFD_RECORDS:
                 memfd = decode_memfd(
-                    self.walk, data, phys + 48, place, self.preserved, content=self.content
+                    self.walk,
+                    data,
+                    phys + 48,
+                    place,
+                    self.preserved,
+                    content=self.content,
+                    compatible=handler,
                 )
             found.append(LuoFile(handler, data, token, memfd))
         if len(found) != count:

@@ -1,11 +1,11 @@
 """The checkers' reader of preserved memfds: their record, their folios, their content.
 
 ``struct memfd_luo_ser`` and the array of ``struct memfd_luo_folio_ser`` in a preserved vmalloc area
-(``include/linux/kho/abi/memfd.h``, ``mm/memfd_luo.c:memfd_luo_preserve_folios`` @ 7.3), format
-memfd-v2. How large a folio is stands only in the preserved-memory map.
+(``include/linux/kho/abi/memfd.h``, ``mm/memfd_luo.c:memfd_luo_preserve_folios`` @ 7.3), formats
+memfd-v2 and memfd-v1. How large a folio is stands only in the preserved-memory map.
 
 The kernel gives every page of a file a folio before it preserves it, so a hole is a problem; it
-reads as zeros here as it would there. Left out: memfd-v1 of 6.19 and 7.0.
+reads as zeros here as it would there. A file of memfd-v1 (6.19 and 7.0) has no seals.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
     U64 = NDArray[np.uint64]
 
-__all__ = ("MEMFD_COMPATIBLE", "Memfd", "decode_memfd")
+__all__ = ("MEMFD_RECORDS", "Memfd", "decode_memfd")
 
-MEMFD_COMPATIBLE = "memfd-v2"
+_RECORD_V1 = Struct("<QQQ")
+_RECORD_V2 = Struct("<QQIIQ")
+MEMFD_RECORDS = {"memfd-v1": _RECORD_V1, "memfd-v2": _RECORD_V2}
+"""What stands before the ``struct kho_vmalloc``, by the handler's name."""
 
-_RECORD = Struct("<QQIIQ")
 _ENTRY_BYTES = 16
 _PFN_BITS = 52
 _ALL_SEALS = 0x3F  # F_SEAL_SEAL to F_SEAL_EXEC: MEMFD_LUO_ALL_SEALS
@@ -67,16 +69,29 @@ class Memfd:
 
 
 def decode_memfd(
-    walk: Walk, phys: int, at: int, path: str, preserved: Preserved | None, *, content: bool
+    walk: Walk,
+    phys: int,
+    at: int,
+    path: str,
+    preserved: Preserved | None,
+    *,
+    content: bool,
+    compatible: str = "memfd-v2",
 ) -> Memfd | None:
     """Decode the record at ``phys``, to which the pointer at ``at`` leads; None without one.
 
+    ``compatible`` is the format, a key of :data:`MEMFD_RECORDS`.
     ``preserved`` is None where there is no map: folios then count as single pages.
     """
     page = walk.page(phys, path, at)
     if page is None:
         return None
-    pos, size, seals, flags, nr_folios = _RECORD.unpack_from(page)
+    layout = MEMFD_RECORDS[compatible]
+    seals = flags = 0
+    if layout is _RECORD_V1:
+        pos, size, nr_folios = layout.unpack_from(page)
+    else:
+        pos, size, seals, flags, nr_folios = layout.unpack_from(page)
     for name, offset, value, wrong, expected in (
         ("pos", 0, pos, pos > _MAX_LFS_FILESIZE, f"at most {_MAX_LFS_FILESIZE:#x}"),
         ("size", 8, size, size > _MAX_LFS_FILESIZE, f"at most {_MAX_LFS_FILESIZE:#x}"),
@@ -88,8 +103,8 @@ def decode_memfd(
     vmalloc = None
     raw = b""
     if nr_folios:
-        record = page[_RECORD.size : _RECORD.size + VMALLOC_BYTES]
-        vmalloc = decode_vmalloc(walk, record, phys + _RECORD.size, f"{path}/folios")
+        record = page[layout.size : layout.size + VMALLOC_BYTES]
+        vmalloc = decode_vmalloc(walk, record, phys + layout.size, f"{path}/folios")
         room = (len(vmalloc.areas) * walk.page_size << vmalloc.order) // _ENTRY_BYTES
         if vmalloc.sound and nr_folios > room:
             expected = f"at most {room}, for which the array has room"
