@@ -156,7 +156,7 @@ def test_runs_and_arrays_do_what_single_blocks_do(first, count, order):
 
 def test_all_memory_comes_back():
     """Bitmaps, chunks and the slab's blocks: nothing is left behind."""
-    for release in ("6.16", "6.18"):
+    for release in ("6.16", "6.18+metadata_kfreed=off"):
         kernel, tracker = empty_tracker(release)
         free = kernel.pages.nr_free_pages()
         for order in range(11):
@@ -169,7 +169,7 @@ def test_all_memory_comes_back():
         assert kernel.pages.nr_free_pages() == free
 
 
-@pytest.mark.parametrize("release", ["6.16", "6.18"])
+@pytest.mark.parametrize("release", ["6.16", "6.18+metadata_kfreed=off"], ids=["6.16", "6.18"])
 def test_without_memory_nothing_is_listed(release):
     """Each allocation that fails is -ENOMEM, and a list that cannot be finished is freed."""
     kernel, tracker = empty_tracker(release)

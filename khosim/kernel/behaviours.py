@@ -76,6 +76,8 @@ class Release:
     """Chunks: bytes of one bitmap (``PRESERVE_BITS / 8``); 0 is one page."""
     metadata_from_slab: bool = False
     """Chunks and bitmaps are kzalloc'd, not whole pages of the buddy allocator."""
+    metadata_kfreed: bool = False
+    """Chunks are given to kfree, wherever they are from (b15515155af7)."""
     tree_root_from_slab: bool = False
     """The radix tree's root table is kzalloc'd."""
     tree_depth_ignores_order_bit: bool = False
@@ -88,6 +90,9 @@ class Release:
     """"" where blobs are device trees, which tell their size themselves."""
     kexec_metadata: bool = True
     """The kernel writes and reads the kexec-metadata subtree."""
+    kexec_metadata_on_kho_boot: bool = True
+    """It writes it when it has taken a handover over, too; else on cold boots only (76aa46b9e404,
+    before it was merged)."""
 
     # -- the outgoing side ---------------------------------------------------------------------
 
@@ -153,6 +158,9 @@ class Release:
     """"disabling KHO revival" comes with the error's number."""
     skip_init_told: bool = False
     """"found kexec handover data" promises to skip the initialisation of devices."""
+    preserved_pages_initialised: bool = True
+    """Preserved blocks get their struct pages where initialisation is deferred, which leaves them
+    out (c6073743d0c7)."""
     deferred_struct_pages: bool = True
     """``CONFIG_DEFERRED_STRUCT_PAGE_INIT`` can be, and is, on."""
     kdump_guard: bool = True
@@ -166,6 +174,10 @@ class Release:
     """Sizes given with ``kho_scratch=`` are rounded up as well."""
     scratch_rounds_first: bool = False
     """The global area is what remains after lowmem was rounded up."""
+    scratch_stays_cma: bool = True
+    """Pageblocks of scratch are CMA also where struct pages are initialised late (bf480c613346)."""
+    efi_keeps_scratch: bool = True
+    """arm64: EFI's memory map does not replace the scratch areas in memblock (d6d511639185)."""
     scratch_arg_zeros: bool = True
     """``kho_scratch=``: one or two of the sizes may be zero."""
     scratch_arg_consumed: bool = True
@@ -180,6 +192,18 @@ class Release:
     """``memblock_alloc_hugetlb``: boot-time huge pages never lie in scratch."""
     scratch_extension: bool = True
     """``kho_extend_scratch``: early boot may use every 1 GiB block free of preserved memory."""
+
+    # -- lib/test_kho.c ------------------------------------------------------------------------
+
+    test_kho_checks_enabled: bool = True
+    """The test module does nothing where KHO is off (a26ec8f3d4e5)."""
+    test_kho_unwinds: bool = True
+    """It unpreserves what it preserved when something fails (ce405ed51020)."""
+
+    # -- debugfs -------------------------------------------------------------------------------
+
+    debugfs_sizes_by_totalsize: bool = False
+    """Sizes of incoming blobs are read from them, as if all were device trees (062dd306d99c)."""
 
     # -- live updates --------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from khosim.kernel.image import (
     read_kernel_config,
 )
 from khosim.kernel.kernel import Kernel
+from khosim.kernel.kfence import kfence_alloc_pool
 from khosim.kernel.kho import kho_init, kho_memory_init
 from khosim.kernel.kho_scratch import read_scratch_array
 from khosim.kernel.memblock import numa_valid_node
@@ -111,6 +112,7 @@ def _mm_core_init_early(kernel: Kernel) -> None:
     kernel.phase = "mm_core_init_early"
     kernel.kho_in.memory_init_early()
     _check_nodes(kernel)
+    kernel.pages.keeps_cma = kernel.release.scratch_stays_cma
     kernel.pages.free_area_init(
         kernel.memblock.for_each_mem_pfn_range(), deferred=kernel.release.deferred_struct_pages
     )
@@ -151,6 +153,7 @@ def _mark_scratch_pageblocks(kernel: Kernel) -> None:
 def _mm_core_init(kernel: Kernel) -> None:
     kernel.phase = "swiotlb_init"
     boot_memory.swiotlb_init(kernel)
+    kfence_alloc_pool(kernel)
     kho_memory_init(kernel)
     if kernel.host is not None:
         kernel.host.checkpoint(kernel, "takeover")

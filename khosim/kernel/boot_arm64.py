@@ -1,10 +1,10 @@
 """``setup_arch`` on arm64: from a device tree to a NUMA-aware memblock.
 
 Models ``arch/arm64/kernel/setup.c``, ``arch/arm64/mm/{init,mmu,fixmap}.c``, ``drivers/of/fdt.c``,
-``drivers/of/of_numa.c`` and ``mm/arch_numa.c`` @ 7.3 without EFI and ACPI: memory, nodes, command
-line, initrd and the handover come from the device tree. The linear map consists of single pages, as
-it does by default on CPUs that cannot split larger ones. Left out: the ``reserved-memory`` node,
-KASLR, distances between nodes.
+``drivers/of/of_numa.c`` and ``mm/arch_numa.c`` @ 7.3 without ACPI: memory, nodes, command line,
+initrd and the handover come from the device tree; of EFI there is ``efi-init.c:reserve_regions``.
+The linear map consists of single pages, as it does by default on CPUs that cannot split larger
+ones. Left out: the ``reserved-memory`` node, KASLR, distances between nodes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from khosim.kernel import boot_memory
 from khosim.kernel.boot_cma import dma_contiguous_reserve
 from khosim.kernel.boot_crashkernel import reserve_crashkernel
 from khosim.kernel.early_ioremap import early_fault
+from khosim.kernel.memblock_regions import MEMBLOCK_KHO_SCRATCH
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
@@ -54,6 +55,8 @@ def setup_arch(kernel: Kernel, entry: int, dtb_phys: int) -> None:
     )
     kernel.kho_enable = options.kho
     kernel.memblock.debug = options.memblock_debug
+    if kernel.config.efi:
+        _reserve_regions(kernel)
     _arm64_memblock_init(kernel, tree, chosen)
     _paging_init(kernel)
     # Nodes and properties as structures, several times their size.
@@ -101,6 +104,18 @@ def _scan_nodes(kernel: Kernel, tree: memoryview) -> int:
     if handover and scratch:
         kernel.kho_in.populate(*handover[0], *scratch[0])
     return chosen
+
+
+def _reserve_regions(kernel: Kernel) -> None:
+    # drivers/firmware/efi/efi-init.c:reserve_regions: forget what the device tree says of memory.
+    kernel.phase = "efi_init"
+    memory = kernel.memblock.memory
+    keeps = kernel.release.efi_keeps_scratch and kernel.is_kho_boot
+    for base, end, flags in list(zip(memory.base, memory.end, memory.flags, strict=True)):
+        if not (keeps and flags & MEMBLOCK_KHO_SCRATCH):
+            kernel.memblock.memblock_remove(base, end - base)
+    for start, end in kernel.hardware.ram_ranges:
+        _add_memory(kernel, start, end - start)
 
 
 def _add_memory(kernel: Kernel, base: int, size: int) -> None:

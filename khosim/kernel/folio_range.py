@@ -289,6 +289,7 @@ def _restores_plainly(kernel: Kernel, order: int, as_pages: bool) -> bool:
     release = kernel.release
     return (
         release.page_magic
+        and not kernel.pages.uninitialised
         and release.restore_clears_private
         and release.restore_inits_refcounts
         and not (release.restore_pages_compound and as_pages)

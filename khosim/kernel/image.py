@@ -65,6 +65,10 @@ class KernelConfig:
     swiotlb_bytes: int = 64 << 20
     cma_bytes: int | None = None
     """``CONFIG_CMA_SIZE_MBYTES`` as bytes; None: without ``CONFIG_DMA_CMA``."""
+    kfence_objects: int = 0
+    """``CONFIG_KFENCE_NUM_OBJECTS``; 0: without ``CONFIG_KFENCE``."""
+    efi: bool = False
+    """arm64: booted by EFI firmware, whose memory map takes the place of the device tree's."""
     zone_dma: bool = False
     """arm64: ``CONFIG_ZONE_DMA``, so that low memory ends at 4 GiB."""
 

@@ -17,6 +17,7 @@ from khosim.kernel.cmdline import BootOptions
 from khosim.kernel.direct_map import DirectMap
 from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.kexec import Kimage, kernel_kexec, kexec_file_load
+from khosim.kernel.kfence import Kfence
 from khosim.kernel.kho import kho_scratch_overlap, scratch_areas
 from khosim.kernel.kho_calls import KhoCalls
 from khosim.kernel.kho_debugfs import KhoDebugfs
@@ -71,6 +72,7 @@ class Kernel(DirectMap, KhoCalls):
         "initrd",
         "kernel_range",
         "kexec_image",
+        "kfence",
         "kho_enable",
         "kho_in",
         "kho_out",
@@ -155,6 +157,7 @@ class Kernel(DirectMap, KhoCalls):
         """Free pages when the zones were laid out: what hash tables are sized by."""
         self.slab_available = False
         self.page_cache: KmallocCache | None = None
+        self.kfence: Kfence | None = None
         self.present_sections: list[tuple[int, int]] = []
         self._by: dict[str, Writer] = {}
         self._warned: set[str] = set()
@@ -346,7 +349,7 @@ class Kernel(DirectMap, KhoCalls):
 
     def page(self, pfn: int) -> Page:
         """The ``struct page`` of ``pfn`` now, for people and tests."""
-        zone = self.pages.zone_of(pfn)
+        zone = self.pages.page_zone(pfn)
         state = self.pages.pages.state(pfn)
         if state is not None:
             kind, order, compound, owner = state
@@ -405,12 +408,6 @@ class Kernel(DirectMap, KhoCalls):
     def kho_scratch_overlap(self, phys: int, size_bytes: int) -> bool:
         """``kho_scratch_overlap``."""
         return kho_scratch_overlap(self, phys, size_bytes)
-
-    def kho_restore_folio(self, phys: int) -> Folio | None:
-        """``kho_restore_folio``: the folio at ``phys``, or None where the kernel returns NULL."""
-        self.check_alive()
-        restored = self.kho_in.restore_folio(phys)
-        return None if restored is None else Folio(self, *restored)
 
     # -- kexec ----------------------------------------------------------------------------------
 

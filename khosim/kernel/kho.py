@@ -124,7 +124,8 @@ def _kho_init(kernel: Kernel) -> int:
         # kho_kexec_metadata_init
         if incoming is not None:
             kernel.kho_in.kexec_metadata()
-        error = out.kexec_metadata(kernel.kho_in.kexec_count + 1)
+        if incoming is None or kernel.release.kexec_metadata_on_kho_boot:
+            error = out.kexec_metadata(kernel.kho_in.kexec_count + 1)
         if error:
             kernel.printk(f"KHO: failed to initialize kexec-metadata subtree: {error}")
     if error:

@@ -9,17 +9,18 @@ out: ``kho_preserve_vmalloc`` and friends.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from khosim.errors import InputError, KernelError, KhoSimError
+from khosim.kernel.page import Folio
 from khosim.kernel.page_map import KHO_PAGE_MAGIC
 
 if TYPE_CHECKING:
+    from khosim.kernel.kernel import Kernel
     from khosim.kernel.kho_debugfs import KhoDebugfs
     from khosim.kernel.kho_in import KhoIn
     from khosim.kernel.kho_out import KhoNotifier, KhoOut
     from khosim.kernel.kho_radix import Pfns
-    from khosim.kernel.page import Folio
     from khosim.kernel.release import Release
 
 __all__ = ("KhoCalls",)
@@ -160,6 +161,12 @@ class KhoCalls:
         """``kho_retrieve_subtree``; see :meth:`KhoIn.retrieve_subtree`."""
         self.check_alive()
         return self.kho_in.retrieve_subtree(name)
+
+    def kho_restore_folio(self, phys: int) -> Folio | None:
+        """``kho_restore_folio``: the folio at ``phys``, or None where the kernel returns NULL."""
+        self.check_alive()
+        restored = self.kho_in.restore_folio(phys)
+        return None if restored is None else Folio(cast("Kernel", self), *restored)
 
     def kho_restore_pages(self, phys: int, nr_pages: int) -> int | None:
         """``kho_restore_pages``; see :meth:`KhoIn.restore_pages`."""

@@ -227,7 +227,13 @@ class KhoChunks(BlockTracker):
         kernel = self.kernel
         while chunk:
             following = kernel.ram.read_u64(kernel.virt(chunk, CHUNK_HDR_BYTES))
-            self._give_back(self._chunk_cache, chunk)
+            if kernel.release.metadata_kfreed and self._chunk_cache is None:
+                # free_large_kmalloc @ 6.18: a page that kmalloc does not know stays where it is.
+                kernel.warn_once(
+                    f"WARNING: free_large_kmalloc: {chunk:#x}: Not a kmalloc allocation", "kfree"
+                )
+            else:
+                self._give_back(self._chunk_cache, chunk)
             chunk = following
 
     # -- reading it -----------------------------------------------------------------------------

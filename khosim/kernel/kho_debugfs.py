@@ -104,7 +104,7 @@ class KhoDebugfs:
     ) -> tuple[memoryview | bytes | None, int]:
         # The size property, or where there is none fdt_totalsize of the blob.
         kernel = self._kernel
-        if kernel.release.subtree_size_prop:
+        if kernel.release.subtree_size_prop and not kernel.release.debugfs_sizes_by_totalsize:
             return fdt.fdt_getprop(tree, child, kernel.release.subtree_size_prop)
         if phys is None or len(phys) != 8:
             return None, 0

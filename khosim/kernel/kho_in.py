@@ -27,7 +27,7 @@ from khosim.errors import KernelError, KernelPanic
 from khosim.kernel.early_ioremap import early_fault, early_memremap
 from khosim.kernel.kho_out import int_shift
 from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
-from khosim.kernel.kho_reserve import reserve_blocks
+from khosim.kernel.kho_reserve import leave_uninitialised, reserve_blocks
 from khosim.kernel.kho_scratch import kho_extend_scratch, read_scratch_array
 from khosim.kernel.kho_tracker import make_tracker
 from khosim.kernel.page_map import INCOMING, KHO_PAGE_MAGIC, PageState
@@ -185,6 +185,10 @@ class KhoIn:
 
     def mem_retrieve(self) -> None:
         """``kho_mem_retrieve``: reserve everything that the predecessor preserved."""
+        self._mem_retrieve()
+        leave_uninitialised(self._kernel)
+
+    def _mem_retrieve(self) -> None:
         if not isinstance(self.tree, KhoRadixTree):
             self._mem_deserialize(self.tree)
             return

@@ -21,7 +21,7 @@ from khosim.kernel.page_map import INCOMING, PageState
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
 
-__all__ = ("reserve_blocks",)
+__all__ = ("leave_uninitialised", "reserve_blocks")
 
 _U64 = (1 << 64) - 1
 _WIDE = 31
@@ -129,3 +129,21 @@ def _reserve_odd(kernel: Kernel, phys: int, order: int, symbol: str) -> None:
     for head in range((pfn // step + 1) * step, end_pfn, step):
         page_map.private[head] = 0
     page_map.private[pfn] = kernel.kho_page_magic << 32 | order
+
+
+def leave_uninitialised(kernel: Kernel) -> None:
+    """What comes of preserved blocks' struct pages where initialisation is deferred, up to 7.1.
+
+    Nobody sets them up: ``memmap_init_reserved_pages`` leaves noinit regions out, and
+    ``deferred_init_memmap`` all that is reserved. One word of them is written, ``private``.
+    """
+    if not kernel.release.deferred_struct_pages or kernel.release.preserved_pages_initialised:
+        return
+    pages = kernel.pages
+    for start_pfn, end_pfn, state in pages.pages.runs():
+        if state.kind != INCOMING:
+            continue
+        for low, high, zone in pages.pieces_in(start_pfn, end_pfn):
+            first = max(low, pages.first_deferred_pfn.get(zone.nid, high))
+            if first < high:
+                pages.uninitialised.append((first, high))

@@ -55,6 +55,12 @@ class KmallocCache:
         fail = kernel.pages.fail
         if fail is not None and fail(0, symbol):
             return 0
+        kfence = kernel.kfence
+        if kfence is not None:
+            phys = kfence.alloc(self.size_bytes)
+            if phys:
+                kernel.ram.zero(phys, self.size_bytes, kernel.by(symbol))
+                return phys
         if not self._free:
             owner = f"kmalloc-{self.size_bytes}"
             pfn = kernel.pages.alloc_pages(self._order, owner, compound=self._order > 0)
@@ -71,6 +77,10 @@ class KmallocCache:
 
     def kfree(self, phys: int) -> None:
         """``kfree``; a block without objects goes back to the buddy allocator."""
+        kfence = self._kernel.kfence
+        if kfence is not None and kfence.holds(phys):
+            kfence.free(phys)
+            return
         slab = self._slab_of(phys)
         self._slabs[slab] -= 1
         if self._slabs[slab]:

@@ -34,7 +34,9 @@ class ZoneLayout:
         "arch",
         "deferred",
         "first_deferred_pfn",
+        "keeps_cma",
         "pageblocks",
+        "uninitialised",
         "zones",
     )
 
@@ -47,6 +49,10 @@ class ZoneLayout:
         self.first_deferred_pfn: dict[int, int] = {}
         """Per node: ``pgdat->first_deferred_pfn``; absent once all are initialised."""
         self._pieces: list[tuple[int, int, Zone]] = []
+        self.keeps_cma = True
+        """``deferred_init_memmap_chunk`` asks ``kho_scratch_migratetype`` (7.2 and later)."""
+        self.uninitialised: list[tuple[int, int]] = []
+        """Pages in use whose struct pages were never set up: all zero, so it seems."""
         self._piece_starts: list[int] = []
         self._cma_ranges: list[tuple[int, int]] = []
         self._zonelists: dict[tuple[int | None, bool], list[Zone]] = {}
@@ -123,6 +129,12 @@ class ZoneLayout:
                 return piece[2]
         return None
 
+    def page_zone(self, pfn: int) -> Zone | None:
+        """``page_zone``: the zone that the struct page names; a page of zeros is in the first."""
+        if any(start <= pfn < end for start, end in self.uninitialised):
+            return self.zones[0]
+        return self.zone_of(pfn)
+
     def pieces_in(self, start_pfn: int, end_pfn: int) -> list[tuple[int, int, Zone]]:
         """``[start_pfn, end_pfn)`` cut at zone borders, without the holes."""
         found: list[tuple[int, int, Zone]] = []
@@ -159,6 +171,8 @@ class ZoneLayout:
         self.first_deferred_pfn.clear()
         deferred, self.deferred = self.deferred, []
         for start_pfn, end_pfn, _nid in deferred:
+            if not self.keeps_cma:
+                self.pageblocks.set(start_pfn, end_pfn, MOVABLE)
             self._free_unmanaged(start_pfn, end_pfn, to_tail=True)
 
     def _free_unmanaged(self, start_pfn: int, end_pfn: int, *, to_tail: bool) -> None:

@@ -67,7 +67,7 @@ class PageAllocator(ZoneLayout):
 
     def adjust_managed_page_count(self, pfn: int, nr_pages: int) -> None:
         """``adjust_managed_page_count``: the zone of ``pfn`` manages ``nr_pages`` more."""
-        zone = self.zone_of(pfn)
+        zone = self.page_zone(pfn) if self.uninitialised else self.zone_of(pfn)
         if zone is not None:
             zone.managed_pages += nr_pages
 
@@ -242,7 +242,7 @@ class PageAllocator(ZoneLayout):
             self.pages.refs[pfn] = count - 1
             return False
         self.pages.clear(pfn, pfn + nr_pages)
-        zone = self.zone_of(pfn)
+        zone = self.page_zone(pfn) if self.uninitialised else self.zone_of(pfn)
         if zone is None:
             return True
         if order <= self.arch.pageblock_order:
