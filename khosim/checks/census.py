@@ -84,10 +84,19 @@ class Census:
 
     ``free_errors`` are ``(zone, migrate type, counted, listed)`` where a zone's count of free pages
     is not what its lists hold. ``managed_pages`` is what all zones say, ``found_pages`` what they
-    should say: free pages and those handed out.
+    should say: free pages and those handed out. ``strays`` are ``(zone, first pfn)`` of free blocks
+    on the lists of a zone that they do not belong to.
     """
 
-    __slots__ = ("_edges", "_levels", "bad", "found_pages", "free_errors", "managed_pages")
+    __slots__ = (
+        "_edges",
+        "_levels",
+        "bad",
+        "found_pages",
+        "free_errors",
+        "managed_pages",
+        "strays",
+    )
 
     def __init__(
         self,
@@ -96,7 +105,9 @@ class Census:
         managed_pages: int,
         found_pages: int,
         free_errors: list[tuple[ZoneView, int, int, int]],
+        strays: list[tuple[ZoneView, int]],
     ) -> None:
+        self.strays = strays
         self._edges = edges
         self._levels = levels
         self.managed_pages = managed_pages
@@ -139,9 +150,11 @@ def take_census(
     nr_others = len(starts)
     parts: list[tuple[I64, I64, int]] = []
     free_errors: list[tuple[ZoneView, int, int, int]] = []
+    spans: list[tuple[ZoneView, int, int, int]] = []
     managed = free = 0
     for zone in pages.zones:
         managed += zone.managed_pages
+        first_of_zone, first_part = len(starts), len(parts)
         max_runs = zone.max_runs
         for migratetype, lists in enumerate(zone.free):
             listed = 0
@@ -164,6 +177,7 @@ def take_census(
             free += listed
             if listed != zone.nr_free[migratetype]:
                 free_errors.append((zone, migratetype, zone.nr_free[migratetype], listed))
+        spans.append((zone, first_of_zone, len(starts), first_part))
     weights += [_FREE] * (len(starts) - nr_others)
     if held is not None:
         nr_held = len(held[0])
@@ -175,13 +189,34 @@ def take_census(
             weights += [_HELD] * nr_held
     low, high = np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
     weight = np.concatenate((map_weights, np.array(weights, dtype=np.int64)))
+    strays = _strays(spans, low, parts)
     taken = (high[:nr_runs] - low[:nr_runs])[map_weights == _ALLOCATED]
     if parts:
         low = np.concatenate([low, *(part[0] for part in parts)])
         high = np.concatenate([high, *(part[1] for part in parts)])
         weight = np.concatenate([weight, *(np.full(len(part[0]), part[2]) for part in parts)])
     edges, levels = sweep(low, high, weight)
-    return Census(edges, levels, managed, free + int(taken.sum()), free_errors)
+    return Census(edges, levels, managed, free + int(taken.sum()), free_errors, strays)
+
+
+def _strays(
+    spans: list[tuple[ZoneView, int, int, int]], low: I64, parts: list[tuple[I64, I64, int]]
+) -> list[tuple[ZoneView, int]]:
+    # spans: a zone, where its free blocks begin and end in low, and where in parts. One block
+    # outside of the zone's pfns tells enough.
+    found = []
+    stop = len(parts)
+    for zone, first, last, first_part in reversed(spans):
+        blocks = [part[0] for part in parts[first_part:stop] if part[2] == _FREE]
+        stop = first_part
+        if first < last:
+            blocks.append(low[first:last])
+        for firsts in blocks:
+            least, most = int(firsts.min()), int(firsts.max())
+            if least < zone.start_pfn or most >= zone.end_pfn:
+                found.append((zone, least if least < zone.start_pfn else most))
+                break
+    return found
 
 
 def _add_memory(

@@ -10,7 +10,7 @@ from khosim.checks.history import PFN_BITS, block_ids, block_runs
 from khosim.checks.invariants.base import REPORTED_MAX, Invariant
 from khosim.checks.look import AT_ANY_TIME, BOOTED, JUMP, TAKEOVER, contains
 from khosim.checks.preserved import overlaps
-from khosim.checks.ranges import merged, minus, pairs, sweep, where
+from khosim.checks.ranges import holds, merged, minus, pairs, sweep, where
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,6 +122,27 @@ def _tell_blocks(look: Look, handed: Handed, blocks: Ranges, what: str) -> list[
         owner = handed.owner(pfn) or "nobody"
         found.append(look.says("map-agrees", text, pfn << shift, owner))
     return found
+
+
+def _subtrees_reserved(look: Look) -> Sequence[Violation]:
+    handed, kernel = look.handed, look.kernel
+    if handed is None or kernel is None or look.refused or handed.handover.map_phys:
+        return ()  # where there is a map, it is held against what was reserved
+    shift = look.page_shift
+    tables = {phys >> shift for phys in handed.handover.table_pages}
+    pfns = sorted(handed.metadata - tables)
+    starts, ends, _ = look.incoming
+    kept = holds(merged((starts, ends), _taken_back(look, as_pages=True)), pfns)
+    found = []
+    for pfn, is_kept in zip(pfns, kept, strict=True):
+        if not is_kept:
+            text = (
+                f"page {pfn << shift:#x} (pfn {pfn:#x}) holds the root FDT or a subtree; "
+                f"generation {kernel.generation} believes it, but has not reserved the page"
+            )
+            owner = handed.owner(pfn) or "nobody"
+            found.append(look.says("subtrees-reserved", text, pfn << shift, owner))
+    return found[:REPORTED_MAX]
 
 
 def _early_allocations(look: Look) -> Sequence[Violation]:
@@ -240,6 +261,12 @@ INVARIANTS = (
         "What the old kernel preserved is what the new one reserves, block by block.",
         frozenset((TAKEOVER,)),
         _map_agrees,
+    ),
+    Invariant(
+        "subtrees-reserved",
+        "Who takes a handover over has reserved its root FDT and subtrees.",
+        frozenset((TAKEOVER,)),
+        _subtrees_reserved,
     ),
     Invariant(
         "early-allocations-in-scratch",

@@ -55,6 +55,25 @@ def _outside_scratch(look: Look) -> Sequence[Violation]:
     return found
 
 
+def _map_outside_scratch(look: Look) -> Sequence[Violation]:
+    outgoing = look.outgoing
+    if outgoing is None or not outgoing.scratch:
+        return ()
+    shift = look.page_shift
+    areas = merged(page_ranges([(addr, addr + size) for addr, size in outgoing.scratch], shift))
+    pfns = [phys >> shift for phys in outgoing.handover.table_pages]
+    found = []
+    for pfn, is_inside in zip(pfns, holds(areas, pfns), strict=True):
+        if is_inside:
+            text = (
+                f"page {pfn << shift:#x} (pfn {pfn:#x}) holds a part of the preserved-memory map "
+                "but lies in scratch, where the next kernel is copied to"
+            )
+            owner = look.owner(pfn) or "nobody"
+            found.append(look.says("map-outside-scratch", text, pfn << shift, owner))
+    return found[:REPORTED_MAX]
+
+
 def _one_key_per_frame(look: Look) -> Sequence[Violation]:
     outgoing = look.outgoing
     if outgoing is None:
@@ -102,8 +121,8 @@ def _one_node_per_block(look: Look) -> Sequence[Violation]:
 
 def _metadata_preserved(look: Look) -> Sequence[Violation]:
     outgoing = look.outgoing
-    if outgoing is None:
-        return ()
+    if outgoing is None or not (outgoing.problems or outgoing.handover.map_phys):
+        return ()  # not finalized yet: nobody may take it over, see subtrees-reserved
     handover, shift = outgoing.handover, look.page_shift
     tables = set(handover.table_pages)
     pfns = [phys >> shift for phys in handover.metadata_pages if phys not in tables]
@@ -164,6 +183,13 @@ INVARIANTS = (
         "Nothing is preserved in scratch, where the successor boots before it knows of it.",
         _LEAVING,
         _outside_scratch,
+    ),
+    Invariant(
+        "map-outside-scratch",
+        "No page of the preserved-memory map lies in scratch, which is overwritten before it is "
+        "read.",
+        _LEAVING,
+        _map_outside_scratch,
     ),
     Invariant(
         "one-key-per-frame",

@@ -82,6 +82,24 @@ def _page_budget(look: Look) -> Sequence[Violation]:
     return found
 
 
+def _own_zone(look: Look) -> Sequence[Violation]:
+    census, kernel = look.census, look.kernel
+    if census is None or kernel is None or not census.strays:
+        return ()
+    shift = look.page_shift
+    return [
+        look.says(
+            "free-in-own-zone",
+            f"page {pfn << shift:#x} (pfn {pfn:#x}) is on a free list of zone {zone.name}, pfns "
+            f"{zone.start_pfn:#x} to {zone.end_pfn:#x}",
+            pfn << shift,
+            "nobody",
+        )
+        for zone, pfn in census.strays
+        if any(other.start_pfn <= pfn < other.end_pfn for other in kernel.pages.zones)
+    ]
+
+
 def _ranges(pages: Ranges) -> list[tuple[int, int]]:
     return [(start, end - start) for start, end in pairs(pages, REPORTED_MAX)]
 
@@ -124,5 +142,11 @@ INVARIANTS = (
         "Every page of memory is accounted for: nothing is lost, nothing is counted twice.",
         _RUNNING,
         _page_budget,
+    ),
+    Invariant(
+        "free-in-own-zone",
+        "A free page is on a list of the zone and node that it belongs to.",
+        _RUNNING,
+        _own_zone,
     ),
 )
