@@ -41,6 +41,15 @@ ELSEWHERE: tuple[Elsewhere, ...] = (
         "allocation tags are a profiler's notes about pages, which khosim does not keep",
     ),
     Elsewhere(
+        "A22",
+        "nr-pages-32bit",
+        "kho: use unsigned long for nr_pages",
+        "840fe43d371f",
+        "the shortest range that it cuts off has 16 TiB, and khosim's machines end there; on "
+        "a real one such a range also holds a block of order 31, for which the loop over "
+        "blocks computes 1 << 31 in an int and does not get on",
+    ),
+    Elsewhere(
         "A23",
         "populate-missing-unmap",
         "kho: fix missing early_memunmap() call in kho_populate()",
@@ -60,6 +69,22 @@ ELSEWHERE: tuple[Elsewhere, ...] = (
         "kho: fix KASAN support for restored vmalloc regions",
         "019fc3687237",
         "KASAN's shadow of restored areas was not set up; khosim has no KASAN",
+    ),
+    Elsewhere(
+        "B5",
+        "scratch-max-order-align",
+        "kho: align kho_scratch to MAX_ORDER_NR_PAGES pages",
+        "797fe91e50d6",
+        "merging free blocks looked at struct pages that were not set up yet; whether that "
+        "does harm depends on what their memory held, and khosim's hold zeros, which do none",
+    ),
+    Elsewhere(
+        "B12",
+        "late-memblock-free",
+        "memblock: don't touch memblock arrays when memblock_free() is called late",
+        "",
+        "it edits memblock's own arrays after their memory was freed; khosim keeps them as "
+        "lists outside of RAM, and no link to KHO is known",
     ),
     Elsewhere(
         "D2",

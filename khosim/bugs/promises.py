@@ -46,6 +46,13 @@ PROMISES: dict[str, Promise] = {
         Promise(
             "preserved-restorable", "What could be preserved can be restored in the successor."
         ),
+        Promise("pages-freeable", "What is restored can be freed, without a report of bad pages."),
+        Promise("preserved-whole", "What is preserved is all that was asked for."),
+        Promise("kho-stays-on", "A machine on which scratch fits keeps KHO switched on."),
+        Promise("kdump-undisturbed", "A crash kernel is as it would be without KHO."),
+        Promise(
+            "huge-pages-kept", "A successor gets as many huge pages at boot as its predecessor."
+        ),
         Promise(
             "accounting-exact", "Counters say what is there: pages, blocks, references, lengths."
         ),

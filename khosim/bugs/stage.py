@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from khosim.bugs.promises import PROMISES
+from khosim.checks.decode import decode_handover
+from khosim.checks.formats import format_of, preserve_bits_of
+from khosim.checks.preserved import covered_ranges
 from khosim.checks.violation import Violation
 from khosim.errors import KernelError, KernelPanic
-from khosim.kernel.image import KernelConfig
+from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.release import Release
 from khosim.simulator import Machine
@@ -49,12 +52,47 @@ class Stage:
         *,
         cmdline: str = "kho=on",
         config: KernelConfig | None = None,
+        kernel_size: str | None = None,
+        initrd: str | None = None,
         **options: Any,
     ) -> Kernel:
-        """A machine and its first kernel, of this stage's release."""
+        """A machine and its first kernel, of this stage's release.
+
+        ``config``, ``kernel_size`` and ``initrd`` are those of ``Machine.boot``, other options
+        those of a machine.
+        """
         machine = self.machine(ram, **options)
-        release = None if config is not None else self.release
-        return machine.boot(release, cmdline=cmdline, config=config)
+        return machine.boot(
+            self.release, cmdline=cmdline, config=config, kernel_size=kernel_size, initrd=initrd
+        )
+
+    @property
+    def last_machine(self) -> Machine:
+        """The machine that was made last."""
+        return self._machines[-1]
+
+    def crash(self, kernel: Kernel, *, cmdline: str) -> Kernel:
+        """Load a crash kernel with ``cmdline``, let ``kernel`` crash: the capture kernel."""
+        machine = self.last_machine
+        image = KernelImage.build(self.release, size="4M")
+        kimage = kernel.kexec_file_load(
+            image, initrd_bytes=1 << 20, cmdline=cmdline, on_crash=True
+        )
+        kernel.kernel_kexec(kimage)
+        return machine.resume()
+
+    def preserved_pages(self, kernel: Kernel) -> int:
+        """How many pages ``kernel`` would hand over now, as the checkers read its map."""
+        release, page_size = kernel.release, kernel.arch.page_size
+        handover = decode_handover(
+            kernel.ram,
+            kernel.kho_out.handover_phys,
+            page_size,
+            preserve_bits=preserve_bits_of(release, page_size),
+            written=format_of(release),
+        )
+        starts, ends = covered_ranges(handover.preserved)
+        return int((ends - starts).sum())
 
     # -- what happens ---------------------------------------------------------------------------
 
