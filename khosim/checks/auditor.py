@@ -14,7 +14,7 @@ from khosim.checks.decode import decode_handover
 from khosim.checks.formats import format_of
 from khosim.checks.history import Handed, History
 from khosim.checks.invariants import INVARIANTS, Invariant
-from khosim.checks.look import AT_ANY_TIME, BOOTED, IN_BETWEEN, JUMP, TAKEOVER, Look
+from khosim.checks.look import AT_ANY_TIME, BOOTED, IN_BETWEEN, JUMP, RETRIEVED, TAKEOVER, Look
 from khosim.checks.ranges import merged
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Auditor:
         self.invariants = tuple(invariants)
         self._by_stage = {
             stage: [invariant.check for invariant in invariants if stage in invariant.stages]
-            for stage in (IN_BETWEEN, TAKEOVER, BOOTED, JUMP, AT_ANY_TIME)
+            for stage in (IN_BETWEEN, TAKEOVER, BOOTED, RETRIEVED, JUMP, AT_ANY_TIME)
         }
         self._history = History()
         self._violations: list[Violation] = []
@@ -51,8 +51,11 @@ class Auditor:
         self._history = History()
 
     def observe(self, kernel: KernelView, stage: str) -> None:
-        """A kernel has reached a stage: "takeover", "booted" or "jump"."""
+        """A kernel has reached a stage: "takeover", "booted", "retrieved" or "jump"."""
         history = self._history
+        if stage == RETRIEVED:
+            self._ask(Look(self.hardware, kernel, RETRIEVED, history))
+            return
         if stage == TAKEOVER:
             self._take_over(kernel)
             return

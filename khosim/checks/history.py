@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from khosim.checks.keepsake import Keepsake
+from khosim.checks.live_files import live_memfds
 from khosim.checks.preserved import covered_ranges
 from khosim.checks.ranges import holds, merged, minus, page_ranges
 from khosim.errors import RamFault
@@ -154,6 +155,7 @@ class Handed:
         "handover",
         "held",
         "is_sound",
+        "memfds",
         "metadata",
         "page_shift",
         "reader",
@@ -189,6 +191,8 @@ class Handed:
         self.failed_reserve_mem = writer is not None and any(
             "failed to prepare memblock FDT" in message for message in writer.messages
         )
+        self.memfds = {} if writer is None else live_memfds(hardware, writer)
+        """The files that LUO carries, by the address of their record."""
         self.reader: int | None = None
         """The generation that took the handover over."""
         if writer is not None:

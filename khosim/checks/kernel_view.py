@@ -8,7 +8,7 @@ number.
 # ruff: noqa: D102 (an attribute is named as in the kernel; its class says what it belongs to)
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +45,8 @@ class ReleaseView(Protocol):
     def subtree_size_prop(self) -> str: ...
     @property
     def scratch_extension(self) -> bool: ...
+    @property
+    def luo_one_owner(self) -> bool: ...
 
 
 class KhoInView(Protocol):
@@ -177,9 +179,55 @@ class BlockSetView(Protocol):
     def head_pa(self) -> int: ...
 
 
+class CacheRunView(Protocol):
+    """Folios of a file: pages ``index`` to ``end`` of it are at ``pfn`` and on."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def pfn(self) -> int: ...
+    @property
+    def uptodate(self) -> bool: ...
+
+
+class InodeView(Protocol):
+    """A shmem inode; ``mapping`` iterates over its folios in order."""
+
+    @property
+    def i_size(self) -> int: ...
+    @property
+    def i_blocks(self) -> int: ...
+    @property
+    def seals(self) -> int: ...
+    @property
+    def mapping(self) -> Iterable[CacheRunView]: ...
+
+
+class MemfdView(Protocol):
+    """An open memfd."""
+
+    @property
+    def f_pos(self) -> int: ...
+    @property
+    def f_count(self) -> int: ...
+    @property
+    def inode(self) -> InodeView: ...
+
+
+class HandlerView(Protocol):
+    """A file handler, known by its name."""
+
+    @property
+    def compatible(self) -> str: ...
+
+
 class LuoFileView(Protocol):
     """``struct luo_file``; ``file`` is None until it is retrieved in the successor."""
 
+    @property
+    def handler(self) -> HandlerView: ...
     @property
     def token(self) -> int: ...
     @property
@@ -187,7 +235,7 @@ class LuoFileView(Protocol):
     @property
     def retrieve_status(self) -> int: ...
     @property
-    def file(self) -> object: ...
+    def file(self) -> Any: ...
 
 
 class LuoFileSetView(Protocol):
@@ -232,8 +280,47 @@ class LuoSessionsView(Protocol):
     def deserialized(self) -> int | None: ...
 
 
+class RefcountView(Protocol):
+    """``refcount_t``; a negative ``value`` is a saturated one."""
+
+    @property
+    def value(self) -> int: ...
+
+
+class FlbStateView(Protocol):
+    """``struct luo_flb_private_state``: one direction of an object."""
+
+    @property
+    def count(self) -> RefcountView: ...
+    @property
+    def data(self) -> int: ...
+
+
+class LuoFlbView(Protocol):
+    """``struct luo_flb_private``."""
+
+    @property
+    def flb(self) -> HandlerView: ...
+    @property
+    def incoming(self) -> FlbStateView: ...
+    @property
+    def outgoing(self) -> FlbStateView: ...
+
+
+class LuoFlbsView(Protocol):
+    """``luo_flb_global``: ``links`` are the objects of each handler."""
+
+    @property
+    def registered(self) -> Sequence[LuoFlbView]: ...
+    @property
+    def links(self) -> Mapping[Any, Sequence[LuoFlbView]]: ...
+
+
 class LuoView(Protocol):
-    """The orchestrator; ``preserved_files`` maps the id of each owned file to the file."""
+    """The orchestrator; ``preserved_files`` maps the id of each owned file to the file.
+
+    ``retrieved`` has an entry for each time that a handler was asked to retrieve a file.
+    """
 
     @property
     def enabled(self) -> bool: ...
@@ -242,9 +329,13 @@ class LuoView(Protocol):
     @property
     def luo_ser_out(self) -> int: ...
     @property
-    def preserved_files(self) -> Mapping[int, object]: ...
+    def preserved_files(self) -> Mapping[int, Any]: ...
+    @property
+    def retrieved(self) -> Sequence[LuoFileView]: ...
     @property
     def sessions(self) -> LuoSessionsView: ...
+    @property
+    def flb(self) -> LuoFlbsView: ...
 
 
 class KernelView(Protocol):

@@ -14,17 +14,21 @@ import numpy as np
 
 from khosim.checks.census import take_census
 from khosim.checks.decode import decode_handover
+from khosim.checks.decode_luo import decode_luo
 from khosim.checks.formats import format_of, preserve_bits_of
 from khosim.checks.history import owner_of, scratch_areas
 from khosim.checks.preserved import covered_ranges
+from khosim.checks.unpreserved import unpreserved
 from khosim.checks.violation import Violation
 
 if TYPE_CHECKING:
     from khosim.checks.census import Census
     from khosim.checks.decode import Handover
+    from khosim.checks.decode_luo import Luo
     from khosim.checks.history import Handed, History
     from khosim.checks.kernel_view import ImageView, KernelView
     from khosim.checks.ranges import I64, Ranges
+    from khosim.checks.reader import Problem
     from khosim.machine.hardware import Hardware
 
 __all__ = (
@@ -32,6 +36,7 @@ __all__ = (
     "BOOTED",
     "IN_BETWEEN",
     "JUMP",
+    "RETRIEVED",
     "TAKEOVER",
     "Look",
     "Outgoing",
@@ -45,6 +50,8 @@ TAKEOVER = "takeover"
 BOOTED = "booted"
 JUMP = "jump"
 """The kernel is frozen and about to leave."""
+RETRIEVED = "retrieved"
+"""A file of a session was retrieved just now, and nobody has used it yet."""
 AT_ANY_TIME = "check"
 """Whenever somebody asks a running kernel."""
 
@@ -78,6 +85,7 @@ class Look:
         "_census",
         "_changed",
         "_incoming",
+        "_luo",
         "_outgoing",
         "_scratch",
         "handed",
@@ -105,6 +113,7 @@ class Look:
         if stage == JUMP and kernel is not None:
             self.image = kernel.kexec_image
         self._outgoing: Outgoing | bool | None = False
+        self._luo: tuple[Luo, tuple[Problem, ...]] | bool | None = False
         self._scratch: list[tuple[int, int]] | None = None
         self._changed: list[int] | None = None
         self._census: Census | None = None
@@ -166,6 +175,26 @@ class Look:
         if isinstance(self._outgoing, bool):
             self._outgoing = self._find_outgoing()
         return self._outgoing
+
+    @property
+    def luo(self) -> tuple[Luo, tuple[Problem, ...]] | None:
+        """What LUO tells the successor, and what is wrong with it; None where LUO is off."""
+        if isinstance(self._luo, bool):
+            self._luo = self._find_luo()
+        return self._luo
+
+    def _find_luo(self) -> tuple[Luo, tuple[Problem, ...]] | None:
+        kernel, outgoing = self.kernel, self.outgoing
+        if kernel is None or outgoing is None or not kernel.liveupdate.enabled:
+            return None
+        handover = outgoing.handover
+        blob = handover.subtrees.get("LUO")
+        if blob is None:
+            return None
+        ram, page_size = self.hardware.ram, self.page_size
+        luo = decode_luo(ram, blob, page_size, handover.preserved, content=False)
+        own = [p for p in unpreserved(handover, luo) if p.path.startswith("/LUO")]
+        return luo, (*luo.problems, *own)
 
     def _find_outgoing(self) -> Outgoing | None:
         kernel, image = self.kernel, self.image

@@ -37,8 +37,8 @@ class Host(Protocol):
     def checkpoint(self, kernel: Kernel, stage: str) -> None:
         """The kernel has reached ``stage``.
 
-        "takeover": what was preserved is reserved, memblock still serves; "booted"; "jump": frozen
-        and about to leave.
+        "takeover": what was preserved is reserved, memblock still serves; "booted";
+        "retrieved": a file of a session came back just now; "jump": frozen and about to leave.
         """
 
     def kexec(self, kernel: Kernel, **options: Any) -> Kernel:

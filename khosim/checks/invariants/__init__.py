@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from khosim.checks.invariants import content, incoming, outgoing, pages
+from khosim.checks.invariants import content, incoming, liveupdate, outgoing, pages
 from khosim.checks.invariants.base import Invariant
 
 __all__ = ("INVARIANTS", "Invariant")
@@ -15,4 +15,5 @@ INVARIANTS: tuple[Invariant, ...] = (
     *incoming.INVARIANTS,
     *content.INVARIANTS,
     *pages.INVARIANTS,
+    *liveupdate.INVARIANTS,
 )

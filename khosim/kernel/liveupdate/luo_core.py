@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.liveupdate.file_ops import FileHandler
     from khosim.kernel.liveupdate.flb_ops import Flb
+    from khosim.kernel.liveupdate.luo_file import LuoFile
 
 __all__ = ("Luo",)
 
@@ -61,6 +62,7 @@ class Luo:
         "luo_ser_out",
         "misc_registered",
         "preserved_files",
+        "retrieved",
     )
 
     def __init__(self, kernel: Kernel) -> None:
@@ -72,6 +74,8 @@ class Luo:
         self._flb: LuoFlbs | None = None
         self.handlers: dict[str, FileHandler] = {}
         self.preserved_files: dict[int, File] = {}
+        self.retrieved: list[LuoFile] = []
+        """One entry for each call of a handler's ``retrieve``; for checkers, no kernel has it."""
         self.misc_registered = False
         """``/dev/liveupdate`` exists."""
         self.in_use = False

@@ -309,6 +309,7 @@ class LuoFileSet:
             luo.kernel, handler, serialized_data=luo_file.serialized_data
         )
         assert handler.ops.retrieve is not None
+        luo.retrieved.append(luo_file)
         try:
             handler.ops.retrieve(args)
         except KernelError as refused:
@@ -328,6 +329,8 @@ class LuoFileSet:
         luo_file.retrieve_status = 1
         if luo.kernel.trace is not None:
             luo.kernel.emit(symbol, {"token": token}, 0)
+        if luo.kernel.host is not None:
+            luo.kernel.host.checkpoint(luo.kernel, "retrieved")
         return file
 
     def finish(self) -> None:
