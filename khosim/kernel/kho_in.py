@@ -336,7 +336,10 @@ class KhoIn:
         pages.private.update(kept)
         if not release.restore_clears_private and order:
             pages.private[pfn] = order
-        if release.restore_inits_refcounts:
+        if compound and not is_folio:
+            # split_page gives each page a reference, and leaves a compound page what it is.
+            pages.refs.update(dict.fromkeys(range(pfn + 1, pfn + nr_pages), 1))
+        if release.restore_inits_refcounts or not order:
             kernel.pages.adjust_managed_page_count(pfn, nr_pages)
         else:
             pages.refs.update(dict.fromkeys(range(pfn + 1, pfn + nr_pages), 1))

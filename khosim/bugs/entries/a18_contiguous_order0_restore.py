@@ -17,7 +17,8 @@ def scenario(stage: Stage) -> None:
     successor = kernel.kexec()
     assert successor.kho_restore_pages(first << 12, 8) is not None
     counts = [successor.page(first + n).refcount for n in range(8)]
-    stage.tell(f"restored: eight single pages with {counts} references")
+    what = "still one compound page" if successor.page(first).compound else "single pages"
+    stage.tell(f"restored: eight pages, {what}, with {counts} references")
     Folio(successor, first + 3, 0).put()
     reports = [line for line in successor.messages if "Bad page" in line]
     stage.expect(not reports, "pages-freeable", "".join(reports), generation=1)
@@ -37,9 +38,11 @@ BUG = Bug(
 kho_restore_pages gives back a range that was single pages before, and each is to be one again: with
 a reference of its own, to be freed on its own.
 
-It went about it as for a folio: each block of the range became a compound page first. The pages
-behind the first one are tails then, without references. The owner, who knows of eight pages, frees
-the fourth, and the kernel reports a bad page.
+It went about it as for a folio: each block of the range became a compound page first, and was then
+split. But split_page is for blocks that are no compound pages. It gave each page its reference, and
+left all but the first of them tails. The owner, who knows of eight pages, frees the fourth; the
+kernel takes that for the end of all eight, finds references on those behind the first, and reports
+bad pages.
 
 The fix restores the pages of a range as single ones from the start.
 """,
