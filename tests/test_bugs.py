@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,18 @@ def test_the_command_tells_a_story(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("91e74fa8b1bc", "the fix is off", "the fix is on", "! one-node-per-block:"):
         assert part in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_readme_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's example is what the command prints, in that order."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("$ khosim bugs A9\n")[1].split("```")[0].splitlines()
+    assert main(["bugs", "A9"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = 0
+    for line in shown:
+        if line != "...":
+            at = lines.index(line, at)
 
 
 def test_the_command_lists(capsys: pytest.CaptureFixture[str]) -> None:

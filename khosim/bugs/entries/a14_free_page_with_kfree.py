@@ -30,6 +30,7 @@ BUG = Bug(
     release="6.18",
     with_fix={"metadata_kfreed": False},
     caught_by=("right-allocator",),
+    partly="a kfree that takes the page for a slab's; that of 6.18, as here, notices",
     story="""
 When bitmaps and chunks became whole pages of the page allocator, in 6.18-rc6, the function that
 frees the list after an abort was left as it was, with kfree.
