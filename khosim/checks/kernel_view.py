@@ -308,12 +308,17 @@ class LuoFlbView(Protocol):
 
 
 class LuoFlbsView(Protocol):
-    """``luo_flb_global``: ``links`` are the objects of each handler."""
+    """``luo_flb_global``: ``links`` are the objects of each handler.
+
+    ``retrieved`` has an entry for each time that an object's ``retrieve`` was called.
+    """
 
     @property
     def registered(self) -> Sequence[LuoFlbView]: ...
     @property
     def links(self) -> Mapping[Any, Sequence[LuoFlbView]]: ...
+    @property
+    def retrieved(self) -> Sequence[LuoFlbView]: ...
 
 
 class LuoView(Protocol):

@@ -25,8 +25,10 @@ __all__ = ("INVARIANTS",)
 
 _SHARED = frozenset(("luo-shared",))
 _UNPRESERVED = frozenset(("not-preserved", "memfd-not-preserved"))
-_MEMFD_OWNERS = frozenset(("shmem_alloc_folio", "memfd_luo_preserve_folios"))
-"""Owners of pages that nobody but a memfd has."""
+_MEMFD_OWNERS = frozenset(
+    ("shmem_alloc_folio", "memfd_luo_preserve_folios", "alloc_migration_target")
+)
+"""Owners of pages that nobody but a memfd has; the last for what was moved out of CMA."""
 _RESTORED = "kho_restore"
 """Owner of pages that came from the predecessor: of memfds, where it knew them as such."""
 _LUO_WRITERS = ("luo_", "memfd_luo_", "kho_block_")
@@ -244,7 +246,7 @@ def _references(look: Look) -> Sequence[Violation]:
 
 def _retrieved_once(look: Look) -> Sequence[Violation]:
     kernel = look.kernel
-    if kernel is None or len(kernel.liveupdate.retrieved) < 2:
+    if kernel is None or not kernel.liveupdate.enabled:
         return ()
     seen: set[tuple[str, int, int]] = set()
     found = []
@@ -254,6 +256,10 @@ def _retrieved_once(look: Look) -> Sequence[Violation]:
             text = f"token {luo_file.token:#x} of {luo_file.handler.compatible} was retrieved twice"
             found.append(look.says("luo-retrieved-once", text, luo_file.serialized_data))
         seen.add(key)
+    objects = [private.flb.compatible for private in kernel.liveupdate.flb.retrieved]
+    for name in sorted({name for name in objects if objects.count(name) > 1}):
+        text = f"the shared object {name!r} was retrieved {objects.count(name)} times"
+        found.append(look.says("luo-retrieved-once", text, -1))
     return found[:REPORTED_MAX]
 
 
@@ -343,7 +349,7 @@ INVARIANTS = (
     ),
     Invariant(
         "luo-retrieved-once",
-        "A handler is asked at most once for the file behind a token.",
+        "A handler is asked at most once for the file behind a token, and for a shared object.",
         _RUNNING,
         _retrieved_once,
     ),
