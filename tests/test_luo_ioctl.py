@@ -444,3 +444,16 @@ def test_structures_from_user_space() -> None:
     copy_to_user(target, b"ab")
     assert target == b"ab\0\0"
     refused(errno.EFAULT, copy_to_user, bytearray(1), b"ab")
+
+
+def test_what_proc_shows_of_a_descriptor() -> None:
+    """``readlink`` of /proc/self/fd: the kind of file and its name, up to what a name may have."""
+    kernel = Machine("64M").boot(cmdline="kho=on liveupdate=on")
+    agent = kernel.process("agent")
+    device = agent.open("/dev/liveupdate")
+    assert agent.readlink(device) == "/liveupdate"
+    assert agent.readlink(agent.memfd_create("guest")) == "/memfd:guest (deleted)"
+    call = uapi.create_session(b"x" * 63)
+    agent.ioctl(device, uapi.LIVEUPDATE_IOCTL_CREATE_SESSION, call)
+    fd = uapi.CREATE_SESSION.unpack(call)[1]
+    assert agent.readlink(fd) == "anon_inode:[luo_session] " + "x" * 63

@@ -216,11 +216,13 @@ def test_pinning_fills_holes() -> None:
 
 
 def test_pinning_takes_no_more_than_asked_for() -> None:
-    """max_folios is the limit."""
+    """max_folios is the limit: for the pins, and for the holes that are filled."""
     file = memfd(boot(), "f", size=8 * PAGE)
+    file.write(PAGE, b"x")
     pins = memfd_pin_folios(file, 0, 8 * PAGE - 1, 3)
     assert sum(run.nr_folios for run in pins) == 3
-    assert [run.pins for run in file.inode.mapping] == [1, 0]
+    assert {run.pins for run in file.inode.mapping} == {1}
+    assert file.inode.mapping.nrpages == 3
 
 
 def test_bad_ranges() -> None:
@@ -351,3 +353,19 @@ def test_pinning_changes_no_byte(seed: int, huge: str, writes: list[tuple[int, i
     unpin_folios(file.inode, pins)
     file.fput()
     assert kernel.pages.nr_free_pages() == free
+
+
+def test_reclaim_takes_clean_folios_only() -> None:
+    """Written and pinned folios stay; what was only read goes, and reads as zeros again."""
+    kernel = boot()
+    file = memfd(kernel, "f", size=4 * PAGE)
+    file.inode.get_folios(0, 4, 2)
+    file.write(0, b"written")
+    pins = memfd_pin_folios(file, PAGE, 2 * PAGE - 1, 1)
+    assert file.reclaim() == 2
+    assert [(run.index, run.end) for run in file.inode.mapping] == [(0, 1), (1, 2)]
+    assert file.read(0, 7) == b"written"
+    assert file.read(3 * PAGE, 4) == bytes(4)
+    unpin_folios(file.inode, pins)
+    assert file.reclaim() == 1
+    assert file.inode.i_blocks == PAGE // 512

@@ -47,6 +47,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "nr_pages_bits": (32, 64),
     "scratch_alignment": ("max-order", "pageblock"),
     "scratch_failure_told": ("which", "that", "nothing"),
+    "dname_max_bytes": (64, 255),
     "luo": ("", "luo-v1", "luo-v5"),
     "memfd": ("", "memfd-v1", "memfd-v2"),
 }
@@ -205,12 +206,19 @@ class Release:
     debugfs_sizes_by_totalsize: bool = False
     """Sizes of incoming blobs are read from them, as if all were device trees (062dd306d99c)."""
 
+    # -- around it -----------------------------------------------------------------------------
+
+    dname_max_bytes: int = 255
+    """The longest name that ``/proc/PID/fd`` tells of an anonymous file, with its NUL."""
+
     # -- live updates --------------------------------------------------------------------------
 
     luo: str = "luo-v5"
     """Format of the Live Update Orchestrator's subtree; "" without."""
     luo_flb: bool = True
     """File-lifecycle-bound data has a place in it, which the successor insists on."""
+    luo_flb_insisted: bool = True
+    """A predecessor without that place, under the same name, is refused (cab056f2aae7)."""
     luo_checks_names: bool = True
     """A session's name is 1 to 63 bytes; else it may be empty, and is cut."""
     luo_checks_session_type: bool = True
@@ -223,6 +231,26 @@ class Release:
     """A file can be preserved once only."""
     luo_remembers_retrieve: bool = True
     """A ``retrieve`` that failed is not tried again."""
+    luo_checks_token: bool = True
+    """Behind the last file a token is unknown; else the list's head is taken for a file, and the
+    word behind it, the address of the files' array, for its token (b2135d1cb0e3)."""
+    luo_bounds_strings: bool = True
+    """Text of the predecessor's ends with its field in messages (277f4e5e398b)."""
+    luo_remembers_deserialize: bool = True
+    """No memory for a session of the predecessor's: the device never opens, not just once."""
+    luo_retrieve_holds_list: bool = True
+    """No session goes away while somebody is retrieving it (d3ae9e7fddb4)."""
+    luo_puts_module_last: bool = True
+    """A handler's module is held until nobody asks it for a file's id (291dcd37c8c8)."""
+    luo_get_name_sized: bool = True
+    """``LIVEUPDATE_SESSION_GET_NAME`` has room for a name; else it is checked as the structure of
+    ``RETRIEVE_FD`` (4416f8a9ed5f)."""
+    luo_flb_counts_incoming: bool = True
+    """Who gets a predecessor's object keeps it from being finished (d8e47bd066d7)."""
+    luo_flb_counts_outgoing: bool = True
+    """Who gets an object for the successor keeps it from being unpreserved (36882f339239)."""
+    luo_flb_remembers_retrieve: bool = True
+    """An object's ``retrieve`` that failed is not tried again (5c4a03afcb21)."""
     luo_unfreeze_keeps_handle: bool = True
     """A file keeps its serialized data when a reboot fails."""
     luo_skips_preserve_context: bool = True
@@ -241,6 +269,8 @@ class Release:
     """A retrieved folio counts as all of its pages, not as one."""
     memfd_puts_by_address: bool = True
     """After a failed ``retrieve`` the other folios are freed; else their pfns pass as addresses."""
+    memfd_frees_header: bool = True
+    """A ``retrieve`` that fails frees the record of the file."""
     memfd_tells_midloop: bool = True
     """A folio that cannot be restored makes ``retrieve`` fail, also behind others that could."""
 

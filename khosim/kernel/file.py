@@ -59,6 +59,10 @@ class File:
     def release(self) -> None:
         """``f_op->release``: what is left to do when nobody uses the file any more."""
 
+    def d_path(self) -> str:
+        """``d_path``: what ``/proc/PID/fd`` shows."""
+        return f"/{self.name}"
+
     def ioctl(self, process: Process, cmd: int, arg: UserBuffer) -> int:
         """``f_op->unlocked_ioctl``: 0, or raises; -ENOTTY for a file without any."""
         raise KernelError(errno.ENOTTY, "vfs_ioctl", f"{self!r} has no ioctl {cmd:#x}")

@@ -42,7 +42,7 @@ def memfd_pin_folios(memfd: ShmemFile, start: int, end: int, max_folios: int) ->
     shift = inode.kernel.arch.page_shift
     first, last = start >> shift, (end >> shift) + 1
     while True:
-        error = _fill_holes(inode, first, last)
+        error = _fill_holes(inode, first, last, max_folios)
         if error:
             raise KernelError(-error, symbol, "memfd_alloc_folio")
         found, reached = _folios_of(inode, first, last, max_folios)
@@ -58,12 +58,21 @@ def memfd_pin_folios(memfd: ShmemFile, start: int, end: int, max_folios: int) ->
     return found
 
 
-def _fill_holes(inode: ShmemInode, first: int, last: int) -> int:
-    # memfd_alloc_folio for each hole; with PF_MEMALLOC_PIN nothing comes out of CMA.
-    holes = list(inode.mapping.holes(first, last))
-    for hole_start, hole_end in holes:
+def _fill_holes(inode: ShmemInode, first: int, last: int, max_folios: int) -> int:
+    # memfd_alloc_folio for each hole, as far as the folios are wanted; with PF_MEMALLOC_PIN nothing
+    # comes out of CMA.
+    mapping = inode.mapping
+    at = first
+    while at < last and max_folios > 0:
+        run = mapping.find(at)
+        if run is not None:
+            low, at = run.clip(at, last)
+            max_folios -= (at - low) >> run.order
+            continue
+        hole_end = mapping.next_start(at)
+        end = last if hole_end is None else min(hole_end, last)
         error, _ = inode.get_folios(
-            hole_start, hole_end, SGP_CACHE, write_end=inode.i_size, movable=False
+            at, min(end, at + max_folios), SGP_CACHE, write_end=inode.i_size, movable=False
         )
         if error:
             return error

@@ -351,8 +351,14 @@ def kernel_kexec(kernel: Kernel, image: Kimage | None = None) -> None:
 def machine_kexec(kernel: Kernel, image: Kimage) -> None:
     """``machine_kexec``: copy the segments and leave; the kernel is dead afterwards.
 
-    Only RAM and the entry registers are left for whoever boots next.
+    Only RAM and the entry registers are left for whoever boots next. An image that preserves the
+    context comes back (``CONFIG_KEXEC_JUMP``): what runs in between is left out, and nothing is
+    changed.
     """
+    if image.preserve_context:
+        if kernel.trace is not None:
+            kernel.emit("machine_kexec", {"preserve_context": True}, None)
+        return
     kernel.phase = "machine_kexec"
     kernel.kexec_image = image
     if kernel.trace is not None:

@@ -61,6 +61,10 @@ class Memfd(ShmemFile):
 
     __slots__ = ()
 
+    def d_path(self) -> str:
+        """``simple_dname``."""
+        return f"/memfd:{self.name} (deleted)"
+
     @property
     def seals(self) -> int:
         """``memfd_get_seals``: the ``F_SEAL_`` bits."""

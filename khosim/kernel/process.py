@@ -138,6 +138,10 @@ class Process:
         """``ioctl``: 0, and ``arg`` may have changed; raises -EBADF, and -ENOTTY."""
         return self.file(fd).ioctl(self, cmd, arg)
 
+    def readlink(self, fd: int) -> str:
+        """``readlink("/proc/self/fd/FD")``: raises -EBADF, and -ENAMETOOLONG."""
+        return self.file(fd).d_path()
+
     def fork(self, name: str = "") -> Process:
         """``fork``: a child with the same open files."""
         self._check()

@@ -47,6 +47,12 @@ _V71 = _V72.evolve(
     luo_get_name=False,
     luo_skips_preserve_context=False,
     luo_blocks_mutations=False,
+    luo_retrieve_holds_list=False,
+    luo_puts_module_last=False,
+    luo_flb_counts_incoming=False,
+    luo_flb_counts_outgoing=False,
+    luo_flb_remembers_retrieve=False,
+    dname_max_bytes=64,
 )
 
 _V70 = _V71.evolve(
@@ -68,12 +74,15 @@ _V70 = _V71.evolve(
     revival_errno_told=True,
     scratch_failure_told="that",
     luo_one_owner=False,
+    luo_bounds_strings=False,
+    luo_remembers_deserialize=False,
     memfd="memfd-v1",
     memfd_id_is_inode=False,
     memfd_checks_count=False,
     memfd_accounts_pages=False,
     memfd_puts_by_address=False,
     memfd_tells_midloop=False,
+    memfd_frees_header=False,
 )
 
 _V619 = _V70.evolve(

@@ -215,6 +215,19 @@ class ShmemFile(File):
         self.check_open()
         shmem_fallocate(self.inode, mode, offset, len_bytes)
 
+    def reclaim(self) -> int:
+        """``shrink_folio_list`` comes by: clean folios go, returns how many pages.
+
+        Dirty ones would be written to swap, which is left out: they stay, and so do pinned ones.
+        """
+        self.check_open()
+        inode = self.inode
+        clean = [run for run in inode.mapping if not run.dirty and not run.pins]
+        for run in clean:
+            inode.drop(inode.mapping.take(run.index, run.end))
+        inode.recalc(0)
+        return sum(run.nr_pages for run in clean)
+
     # -- looking at it --------------------------------------------------------------------------
 
     def extents(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:

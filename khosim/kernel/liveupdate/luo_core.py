@@ -322,8 +322,9 @@ class Luo:
         return self.flb.get_incoming(flb)
 
     def flb_put_incoming(self, flb: Flb) -> None:
-        """``liveupdate_flb_put_incoming``."""
-        self.flb.put_incoming(flb)
+        """``liveupdate_flb_put_incoming``; where getting does not count, giving back does not."""
+        if self.kernel.release.luo_flb_counts_incoming:
+            self.flb.put_incoming(flb)
 
     def flb_get_outgoing(self, flb: Flb) -> Any:
         """``liveupdate_flb_get_outgoing``: the object for the successor, with a reference.
@@ -334,8 +335,9 @@ class Luo:
         return self.flb.get_outgoing(flb)
 
     def flb_put_outgoing(self, flb: Flb) -> None:
-        """``liveupdate_flb_put_outgoing``."""
-        self.flb.put_outgoing(flb)
+        """``liveupdate_flb_put_outgoing``; where getting does not count, giving back does not."""
+        if self.kernel.release.luo_flb_counts_outgoing:
+            self.flb.put_outgoing(flb)
 
     def _check_enabled(self, symbol: str) -> None:
         self.kernel.check_alive()

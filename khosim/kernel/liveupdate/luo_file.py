@@ -20,17 +20,31 @@ from khosim.abi.luo import (
     pack_luo_file_ser,
     unpack_luo_file_ser,
 )
-from khosim.errors import KernelError
+from khosim.errors import KernelError, KernelPanic
 from khosim.kernel.liveupdate.file_ops import LiveupdateFileOpArgs
 from khosim.kernel.module import module_put, try_module_get
 from khosim.kernel.slab import kmalloc
 
 if TYPE_CHECKING:
     from khosim.kernel.file import File
+    from khosim.kernel.kernel import Kernel
     from khosim.kernel.liveupdate.file_ops import FileHandler
     from khosim.kernel.liveupdate.luo_core import Luo
 
 __all__ = ("LuoFile", "LuoFileSet")
+
+_PAGE_OFFSET = 0xFFFF888000000000
+"""Where x86-64 maps physical address 0, without KASLR."""
+_STRING_CHUNK = 64
+
+
+def _c_string(kernel: Kernel, phys: int) -> str:
+    # What printk's %s reads: up to a NUL, wherever that is.
+    found = bytearray()
+    while b"\0" not in found:
+        at = kernel.virt(phys + len(found), _STRING_CHUNK)
+        found += kernel.ram.read(at, _STRING_CHUNK)
+    return found.split(b"\0", 1)[0].decode("latin-1")
 
 
 class LuoFile:
@@ -170,14 +184,21 @@ class LuoFileSet:
             assert file is not None
             handler.ops.unpreserve(self._args(luo_file))
             luo.flb.file_unpreserve(handler)
-            luo.disown(handler, file)
-            module_put(handler.ops.owner)
+            self._disown(handler, file)
             self._pop()
             self.block_set.shrink(self.count)
             file.fput()
         self.block_set.destroy()
         if luo.kernel.trace is not None:
             luo.kernel.emit("luo_file_unpreserve_files", {"count": count}, None)
+
+    def _disown(self, handler: FileHandler, file: File) -> None:
+        if self._luo.kernel.release.luo_puts_module_last:
+            self._luo.disown(handler, file)
+            module_put(handler.ops.owner)
+        else:
+            module_put(handler.ops.owner)
+            self._luo.disown(handler, file)
 
     def freeze(self) -> LuoFileSetSer | None:
         """``luo_file_freeze``: freeze all files and write them down; None where there are none.
@@ -278,7 +299,10 @@ class LuoFileSet:
         ser = unpack_luo_file_ser(kernel.ram.read(entry, LUO_FILE_SER_BYTES))
         handler = luo.handlers.get(ser.compatible)
         if handler is None or not try_module_get(handler.ops.owner):
-            kernel.printk(f"luo: No registered handler for compatible '{ser.compatible}'")
+            name = ser.compatible
+            if not kernel.release.luo_bounds_strings:
+                name = _c_string(kernel, entry)
+            kernel.printk(f"luo: No registered handler for compatible '{name}'")
             raise KernelError(errno.ENOENT, symbol, f"handler {ser.compatible!r}")
         if not kmalloc(kernel, symbol):
             module_put(handler.ops.owner)
@@ -297,6 +321,7 @@ class LuoFileSet:
         symbol = "luo_retrieve_file"
         luo_file = self._by_token.get(token)
         if luo_file is None:
+            self._check_behind_last(token)
             raise KernelError(errno.ENOENT, symbol, f"token {token:#x}")
         if luo_file.retrieve_status < 0:
             raise KernelError(-luo_file.retrieve_status, symbol, "as at the first attempt")
@@ -333,6 +358,19 @@ class LuoFileSet:
             luo.kernel.host.checkpoint(luo.kernel, "retrieved")
         return file
 
+    def _check_behind_last(self, token: int) -> None:
+        # 6.19-rc compared the token with that of the "file" where the loop had ended: what follows
+        # the list's head in struct luo_file_set, the address of the files' array (x86-64).
+        kernel = self._luo.kernel
+        if kernel.release.luo_checks_token or not self.files:
+            return
+        if token == _PAGE_OFFSET + self.block_set.head_pa:
+            raise KernelPanic(
+                "BUG: unable to handle page fault: luo_retrieve_file takes the head of its list "
+                "for a file",
+                kernel.generation,
+            )
+
     def finish(self) -> None:
         """``luo_file_finish``: give all files up, the last one first.
 
@@ -352,10 +390,16 @@ class LuoFileSet:
             assert handler.ops.finish is not None
             handler.ops.finish(self._finish_args(luo_file))
             luo.flb.file_finish(handler)
-            if file is not None:
-                luo.disown(handler, file)
-                file.fput()
-            module_put(handler.ops.owner)
+            if luo.kernel.release.luo_puts_module_last:
+                if file is not None:
+                    luo.disown(handler, file)
+                    file.fput()
+                module_put(handler.ops.owner)
+            else:
+                module_put(handler.ops.owner)
+                if file is not None:
+                    luo.disown(handler, file)
+                    file.fput()
             self._pop()
             self.block_set.shrink(self.count)
         self.block_set.destroy()

@@ -77,12 +77,22 @@ class LuoFlbs:
     ``outgoing_pa`` the physical address of the predecessor's and the own page of them (or 0).
     """
 
-    __slots__ = ("_kernel", "_private", "incoming_pa", "links", "outgoing_pa", "registered")
+    __slots__ = (
+        "_kernel",
+        "_private",
+        "incoming_pa",
+        "links",
+        "outgoing_pa",
+        "registered",
+        "retrieved",
+    )
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self._private: dict[Flb, LuoFlb] = {}
         self.registered: list[LuoFlb] = []
+        self.retrieved: list[LuoFlb] = []
+        """One entry for each call of an object's ``retrieve``; for checkers, no kernel has it."""
         self.links: dict[FileHandler, list[LuoFlb]] = {}
         self.incoming_pa = 0
         self.outgoing_pa = 0
@@ -205,7 +215,8 @@ class LuoFlbs:
         if out.obj is None:
             symbol = "liveupdate_flb_get_outgoing"
             raise KernelError(errno.ENOENT, symbol, f"no file needs {flb!r}")
-        out.count.inc()
+        if self._kernel.release.luo_flb_counts_outgoing:
+            out.count.inc()
         return out.obj
 
     def put_outgoing(self, flb: Flb) -> None:
@@ -260,7 +271,8 @@ class LuoFlbs:
         incoming = self.state(flb).incoming
         if incoming.obj is None:
             self._retrieve_one(flb)
-        incoming.count.inc()
+        if self._kernel.release.luo_flb_counts_incoming:
+            incoming.count.inc()
         return incoming.obj
 
     def put_incoming(self, flb: Flb) -> None:
@@ -311,6 +323,7 @@ class LuoFlbs:
             raise KernelError(errno.ENODEV, symbol, f"the module of {flb!r} goes away")
         args = LiveupdateFlbOpArgs(kernel, flb, data=ser.data)
         assert flb.ops.retrieve is not None
+        self.retrieved.append(self.state(flb))
         status = 1
         try:
             flb.ops.retrieve(args)
@@ -319,7 +332,8 @@ class LuoFlbs:
             module_put(flb.ops.owner)
             raise
         finally:
-            incoming.retrieve_status = status
+            if status > 0 or kernel.release.luo_flb_remembers_retrieve:
+                incoming.retrieve_status = status
             if kernel.trace is not None:
                 kernel.emit(symbol, {"flb": flb.compatible}, min(status, 0))
         incoming.obj = args.obj

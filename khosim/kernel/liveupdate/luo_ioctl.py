@@ -100,7 +100,10 @@ def luo_session_ioctl(session: Session, process: Process, cmd: int, arg: UserBuf
     if op.ioctl_num != cmd:
         raise KernelError(errno.ENOTTY, symbol, f"command {cmd:#x}")
     session.check_direction(op.incoming)
-    ucmd = _fetch(process, arg, user_size, op.layout)
+    layout = op.layout
+    if layout is uapi.GET_NAME and not session.kernel.release.luo_get_name_sized:
+        layout = uapi.RETRIEVE_FD
+    ucmd = _fetch(process, arg, user_size, layout)
     session.down_read()
     op.execute(session, ucmd)
     return 0
@@ -185,6 +188,9 @@ def _finish(session: Session, ucmd: LuoUcmd) -> None:
 
 def _get_name(session: Session, ucmd: LuoUcmd) -> None:
     # luo_session_get_name; strscpy copies words, so the name's last one is filled up with zeros.
+    # The kernel's copy has room for the largest structure; what user space did not give is what
+    # was on the stack, zeros here.
+    ucmd.cmd.extend(bytes(uapi.GET_NAME.size - len(ucmd.cmd)))
     _, reserved, _ = uapi.GET_NAME.unpack(ucmd.cmd)
     _check_reserved(reserved, "luo_session_get_name")
     name = session.name.encode("utf-8", "surrogateescape") + b"\0"

@@ -22,13 +22,15 @@ from khosim.abi.luo import (
     pack_luo_session_ser,
     unpack_luo_session_ser,
 )
-from khosim.errors import InputError, KernelError, KhoSimError
+from khosim.errors import InputError, KernelError, KernelPanic, KhoSimError
 from khosim.kernel.file import File
 from khosim.kernel.liveupdate.luo_file import LuoFileSet
 from khosim.kernel.liveupdate.luo_ioctl import luo_session_ioctl
 from khosim.kernel.slab import kmalloc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from khosim.abi.luo import LuoFileSetSer
     from khosim.kernel.liveupdate.luo_core import Luo
     from khosim.kernel.liveupdate.luo_format import EntrySet
@@ -44,15 +46,17 @@ _FILE_SET_BYTES = LUO_SESSION_SER_BYTES - _FILE_SET_OFFSET
 class LuoSession:
     """``struct luo_session``: a name and a set of files.
 
-    ``retrieved`` is True for one that came from the predecessor and has a descriptor.
+    ``retrieved`` is True for one that came from the predecessor and has a descriptor, ``freed``
+    for one that must not be looked at any more.
     """
 
-    __slots__ = ("file_set", "name", "retrieved")
+    __slots__ = ("file_set", "freed", "name", "retrieved")
 
     def __init__(self, luo: Luo, name: str) -> None:
         raw = name.encode("utf-8", "surrogateescape")[: LIVEUPDATE_SESSION_NAME_LENGTH - 1]
         self.name = raw.decode("utf-8", "surrogateescape")
         self.retrieved = False
+        self.freed = False
         self.file_set = LuoFileSet(luo)
 
     def __repr__(self) -> str:
@@ -139,6 +143,13 @@ class Session(File):
     def down_read(self) -> None:
         """See :meth:`LuoSessions.down_read`."""
         self._luo.sessions.down_read()
+
+    def d_path(self) -> str:
+        """``anon_inodefs_dname``: raises -ENAMETOOLONG for more than a name may have."""
+        name = f"anon_inode:[luo_session] {self.name}"
+        if len(name.encode("utf-8", "surrogateescape")) >= self.kernel.release.dname_max_bytes:
+            raise KernelError(errno.ENAMETOOLONG, "dynamic_dname", name)
+        return name
 
     def ioctl(self, process: Process, cmd: int, arg: UserBuffer) -> int:
         """See :func:`~khosim.kernel.liveupdate.luo_ioctl.luo_session_ioctl`."""
@@ -231,16 +242,25 @@ class LuoSessions:
             if kernel.trace is not None:
                 kernel.emit(symbol, {"name": session.name}, error)
 
-    def retrieve(self, name: str) -> Session:
+    def retrieve(self, name: str, *, meanwhile: Callable[[], object] | None = None) -> Session:
         """``luo_session_retrieve``: the predecessor's session of that name, once.
 
         Raises -ENOENT where there is none, -EINVAL where it was retrieved before, -ENOMEM.
+
+        ``meanwhile`` is what another CPU does between the search for the session and its use, where
+        the list is not locked over both; elsewhere it waits, and nobody calls it.
         """
         self.down_read()
         symbol = "luo_session_retrieve"
         session = self.incoming.sessions.get(name.split("\0", 1)[0])
         if session is None:
             raise KernelError(errno.ENOENT, symbol, f"session {name!r}")
+        if meanwhile is not None and not self._luo.kernel.release.luo_retrieve_holds_list:
+            meanwhile()
+        if session.freed:
+            raise KernelPanic(
+                f"BUG: KASAN: slab-use-after-free in {symbol}", self._luo.kernel.generation
+            )
         if session.retrieved:
             raise KernelError(errno.EINVAL, symbol, f"session {name!r} was retrieved before")
         file = self._getfile(session)
@@ -266,6 +286,7 @@ class LuoSessions:
             header = self.outgoing
         self._remove(header, session)
         session.file_set.destroy()
+        session.freed = True
         if kernel.trace is not None:
             kernel.emit("luo_session_release", {"name": session.name}, 0)
 
@@ -301,7 +322,10 @@ class LuoSessions:
                 self._deserialize_one(unpack_luo_session_ser(data))
         except KernelError as refused:
             failed = refused
-            self.deserialized = -refused.errno
+            # Without memory for a session 6.19 and 7.0 returned, and did not remember what.
+            is_forgotten = refused.symbol == "luo_session_alloc"
+            if kernel.release.luo_remembers_deserialize or not is_forgotten:
+                self.deserialized = -refused.errno
         if failed is None or self._luo.format.undoes_torn_state:
             header.block_set.destroy()
         if kernel.trace is not None:

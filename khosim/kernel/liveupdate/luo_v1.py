@@ -215,7 +215,8 @@ class LuoV1:
             errno.EINVAL,
         )
         flbs_pa = 0
-        if kernel.release.luo_flb:
+        is_there = fdt.fdt_subnode_offset(tree, 0, LUO_FDT_FLB_NODE_NAME) >= 0
+        if kernel.release.luo_flb and (is_there or kernel.release.luo_flb_insisted):
             flbs_pa = self._node(
                 tree,
                 LUO_FDT_FLB_NODE_NAME,

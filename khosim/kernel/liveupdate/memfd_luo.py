@@ -198,7 +198,8 @@ class MemfdLuoHandler(FileHandler):
         except KernelError as refused:
             if file is not None:
                 file.fput()
-            kernel.kho_restore_free(phys)
+            if kernel.release.memfd_frees_header:
+                kernel.kho_restore_free(phys)
             if kernel.trace is not None:
                 kernel.emit(symbol, {"phys": phys}, -refused.errno)
             raise
