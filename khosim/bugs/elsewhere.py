@@ -129,11 +129,27 @@ ELSEWHERE: tuple[Elsewhere, ...] = (
         "modules could never be unloaded; khosim has no modules",
     ),
     Elsewhere(
+        "D26",
+        "count-type",
+        "liveupdate: change file_set->count type to u64",
+        "81fbb909ec07",
+        "a long became a u64: on 64-bit machines, the only ones with KHO, both hold every count "
+        "there can be, and compare alike",
+    ),
+    Elsewhere(
         "E4",
         "isize-write",
         "mm/memfd_luo: use i_size_write()",
         "",
         "it takes a reader on another CPU that sees half of a 64-bit store",
+    ),
+    Elsewhere(
+        "E6",
+        "cache-entry-left",
+        "mm/memfd_luo: remove folio from page cache when accounting fails",
+        "",
+        "the page cache has a reference of its own, and the file that the folio was left in is "
+        "closed at once and frees it: nothing differs afterwards",
     ),
     Elsewhere(
         "E10",

@@ -56,6 +56,13 @@ PROMISES: dict[str, Promise] = {
         Promise(
             "accounting-exact", "Counters say what is there: pages, blocks, references, lengths."
         ),
+        Promise("references-hold", "What somebody has a reference to is not freed."),
+        Promise(
+            "failure-frees", "A call that fails leaves nothing that nobody can free any more."
+        ),
+        Promise(
+            "text-ends-with-its-field", "Text from a predecessor is read as far as its field goes."
+        ),
         Promise("right-allocator", "Memory goes back to the allocator it came from."),
     )
 }

@@ -41,9 +41,13 @@ class Stage:
     # -- machines -------------------------------------------------------------------------------
 
     def machine(self, ram: str = "256M", **options: Any) -> Machine:
-        """A machine (see :class:`~khosim.simulator.Machine`) whose invariants are checked."""
+        """A machine (see :class:`~khosim.simulator.Machine`).
+
+        Its invariants are checked, unless ``checks`` is False.
+        """
         machine = Machine(ram, **options)
-        self._machines.append(machine)
+        if options.get("checks", True):
+            self._machines.append(machine)
         return machine
 
     def boot(
