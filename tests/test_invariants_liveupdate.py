@@ -390,6 +390,58 @@ def test_a_second_retrieve_is_seen() -> None:
     assert names(machine) <= {"luo-retrieved-once", "luo-references"}
 
 
+def test_a_shared_object_retrieved_twice_is_seen() -> None:
+    """Each of two users has the object made from what the predecessor left."""
+
+    def registered(kernel: Kernel) -> Flb:
+        handler, flb = MemfdHandler(), Shared()
+        kernel.liveupdate.register_file_handler(handler)
+        kernel.liveupdate.register_flb(handler, flb)
+        return flb
+
+    class MemfdHandler(FileHandler):
+        """Takes nothing but notes."""
+
+        compatible = "notes-v1"
+
+        def can_preserve(self, file: File) -> bool:
+            """Only notes."""
+            return file.name == "note"
+
+        def preserve(self, args: LiveupdateFileOpArgs) -> None:
+            """Nothing to save."""
+
+        unpreserve = retrieve = finish = preserve
+
+    machine, kernel = started()
+    registered(kernel)
+    kernel.liveupdate.create_session("vm").preserve(File(kernel, "note"), 1)
+    successor = kernel.kexec()
+    flb = registered(successor)
+    successor.liveupdate.retrieve_session("vm")
+    for _ in range(2):
+        successor.liveupdate.flb.state(flb).incoming.retrieve_status = 0
+        successor.liveupdate.flb.state(flb).incoming.obj = None
+        successor.liveupdate.flb_get_incoming(flb)
+    assert names(machine) == {"luo-retrieved-once"}
+
+
+def test_folios_moved_out_of_scratch_and_left_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was migrated before it was pinned is a memfd's as well."""
+    monkeypatch.setattr(
+        "khosim.kernel.liveupdate.memfd_luo.unpreserve_folio_runs", lambda kernel, runs: None
+    )
+    machine, kernel = started()
+    file = guest(kernel)
+    session = kernel.liveupdate.create_session("vm")
+    session.preserve(file, 1)
+    run = next(iter(file.inode.mapping))
+    assert kernel.page(run.pfn).owner == "alloc_migration_target"
+    session.close()
+    assert names(machine) == {"luo-no-leftovers"}
+    assert "8 pages" in str(machine.check()[0])  # with those that filled the file's holes
+
+
 # -- when a file comes back ---------------------------------------------------------------------
 
 
