@@ -122,13 +122,6 @@ ELSEWHERE: tuple[Elsewhere, ...] = (
         "it takes two CPUs in the same list; khosim's kernels have one thread",
     ),
     Elsewhere(
-        "D12",
-        "module-refcount",
-        "liveupdate: defer file handler module refcounting to active sessions",
-        "76be9983df33",
-        "modules could never be unloaded; khosim has no modules",
-    ),
-    Elsewhere(
         "D26",
         "count-type",
         "liveupdate: change file_set->count type to u64",

@@ -240,6 +240,9 @@ class Release:
     """No memory for a session of the predecessor's: the device never opens, not just once."""
     luo_retrieve_holds_list: bool = True
     """No session goes away while somebody is retrieving it (d3ae9e7fddb4)."""
+    luo_pins_modules: bool = False
+    """Registering a handler or an object holds its module until it is unregistered, besides what
+    each file holds (76be9983df33)."""
     luo_puts_module_last: bool = True
     """A handler's module is held until nobody asks it for a file's id (291dcd37c8c8)."""
     luo_get_name_sized: bool = True

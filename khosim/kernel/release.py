@@ -75,6 +75,7 @@ _V70 = _V71.evolve(
     scratch_failure_told="that",
     luo_one_owner=False,
     luo_bounds_strings=False,
+    luo_pins_modules=True,
     luo_remembers_deserialize=False,
     memfd="memfd-v1",
     memfd_id_is_inode=False,

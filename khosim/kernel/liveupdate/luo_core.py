@@ -23,7 +23,7 @@ from khosim.kernel.liveupdate.luo_flb import LuoFlbs
 from khosim.kernel.liveupdate.luo_format import FORMATS, LuoFormat
 from khosim.kernel.liveupdate.luo_session import LuoSessions, Session
 from khosim.kernel.liveupdate.memfd_luo import MemfdLuoHandler
-from khosim.kernel.module import try_module_get
+from khosim.kernel.module import module_put, try_module_get
 from khosim.kernel.slab import kmalloc
 
 if TYPE_CHECKING:
@@ -255,6 +255,8 @@ class Luo:
                 f"'{handler.compatible}' already registered."
             )
             raise KernelError(errno.EEXIST, symbol, handler.compatible)
+        if kernel.release.luo_pins_modules and not try_module_get(handler.ops.owner):
+            raise KernelError(errno.EAGAIN, symbol, "the module goes away")
         self.handlers[handler.compatible] = handler
         self.flb.links[handler] = []
         if kernel.trace is not None:
@@ -265,6 +267,8 @@ class Luo:
         if self.enabled:
             self.flb.unregister_all(handler)
             del self.handlers[handler.compatible]
+            if self.kernel.release.luo_pins_modules:
+                module_put(handler.ops.owner)
 
     def handler_of(self, file: File) -> FileHandler | None:
         """The first handler that wants ``file``, with a reference to its module."""

@@ -137,6 +137,8 @@ class LuoFlbs:
                 raise KernelError(errno.ENOSPC, symbol, f"{self.max_flbs} objects")
             if any(other.flb.compatible == flb.compatible for other in self.registered):
                 raise KernelError(errno.EEXIST, symbol, f"another {flb.compatible!r}")
+            if kernel.release.luo_pins_modules and not try_module_get(flb.ops.owner):
+                raise KernelError(errno.EAGAIN, symbol, "the module goes away")
             self.registered.append(private)
         private.users += 1
         links.append(private)
@@ -158,6 +160,8 @@ class LuoFlbs:
         private.users -= 1
         if not private.users:
             self.registered.remove(private)
+            if self._kernel.release.luo_pins_modules:
+                module_put(flb.ops.owner)
 
     def unregister_all(self, handler: FileHandler) -> None:
         """``luo_flb_unregister_all``."""
