@@ -19,7 +19,8 @@ from khosim.cli.main import main
 from khosim.errors import InputError
 from khosim.kernel.release import MAINLINE, find_release
 
-NOT_OF_A_RELEASE = {"luo_flb_insisted"}  # moot, not set right, where luo-v5 has another name
+NOT_IN_A_RELEASE = {"A7", "A11", "A29", "A30", "D27"}
+"""A bug that its callers hid, one by design, two that no release had, one that a new name ended."""
 every_bug = pytest.mark.parametrize("bug", all_bugs(), ids=str)
 
 
@@ -57,8 +58,9 @@ def mainline_in(text: str) -> list[str]:
 def test_the_releases_agree_with_an_exhibit(bug: Bug) -> None:
     """What is said to be broken in a release is so in its data, and right where it was fixed."""
     off, on = release_of(bug, is_fixed=False), release_of(bug, is_fixed=True)
-    switches = {*bug.without_fix, *bug.with_fix} - NOT_OF_A_RELEASE
-    for name in switches:
+    if bug.id in NOT_IN_A_RELEASE:
+        return
+    for name in {*bug.without_fix, *bug.with_fix}:
         for release in mainline_in(bug.broken):
             assert getattr(find_release(release), name) == getattr(off, name), (release, name)
         for release in mainline_in(bug.fixed)[:1]:

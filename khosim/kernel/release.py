@@ -116,6 +116,7 @@ _V618 = _V619.evolve(
     kho_init_level="late",
     metadata_kfreed=True,
     reserve_mem_in_notifier=True,
+    reserve_mem_unwinds=False,
     unpreserve_missing="return",
     vmalloc_enomem_told=False,
     vmalloc_fills_pages=False,
