@@ -22,7 +22,7 @@ def scenario(stage: Stage) -> None:
 BUG = Bug(
     id="B11",
     name="efi-wipes-scratch",
-    subject="efi: support booting with kexec handover (KHO)",
+    subject="efi: support booting with kexec handover (KHO) (subject not confirmed)",
     commit="",
     broken="6.16, 6.17",
     fixed="6.18",
