@@ -52,7 +52,6 @@ _V71 = _V72.evolve(
     luo_flb_counts_incoming=False,
     luo_flb_counts_outgoing=False,
     luo_flb_remembers_retrieve=False,
-    dname_max_bytes=64,
 )
 
 _V70 = _V71.evolve(
@@ -76,6 +75,7 @@ _V70 = _V71.evolve(
     luo_one_owner=False,
     luo_bounds_strings=False,
     luo_pins_modules=True,
+    dname_max_bytes=64,
     luo_remembers_deserialize=False,
     memfd="memfd-v1",
     memfd_id_is_inode=False,

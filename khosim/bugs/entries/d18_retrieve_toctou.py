@@ -29,7 +29,7 @@ def scenario(stage: Stage) -> None:
 BUG = Bug(
     id="D18",
     name="retrieve-toctou",
-    subject="liveupdate: fix a race in luo_session_retrieve() (subject not confirmed)",
+    subject="liveupdate: fix TOCTOU race in luo_session_retrieve()",
     commit="d3ae9e7fddb4",
     broken="6.19 to 7.1",
     fixed="7.2",

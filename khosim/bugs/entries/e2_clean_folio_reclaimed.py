@@ -30,7 +30,7 @@ def scenario(stage: Stage) -> None:
 BUG = Bug(
     id="E2",
     name="clean-folio-reclaimed",
-    subject="mm: memfd_luo: always make all folios dirty (subject not confirmed)",
+    subject="mm: memfd_luo: always dirty all folios",
     commit="",
     broken="6.19",
     fixed="7.0, 6.19.y",
