@@ -101,14 +101,23 @@ class Context:
         baseline: str,
         limit: float | None = None,
         rounds: int = 10,
+        in_a_row: int = 1,
         note: str = "",
     ) -> Record:
-        """Time ``action`` and ``against`` in turns and return the ratio of their best times."""
-        measured, yardstick = best_of_each(action, against, rounds=self.rounds(rounds))
+        """Time ``action`` and ``against`` in turns and return the ratio of their best times.
+
+        ``action`` is done ``in_a_row`` times in each turn, and counts as the mean of these.
+        """
+
+        def turn() -> None:
+            for _ in range(in_a_row):
+                action()
+
+        measured, yardstick = best_of_each(turn, against, rounds=self.rounds(rounds))
         return Record(
             name=name,
             baseline=baseline,
-            measured=measured,
+            measured=measured / in_a_row,
             against=yardstick,
             limit=limit,
             note=note,

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from khosim.capture.dmesg import parse_dmesg
 from khosim.capture.folder import Capture
@@ -19,6 +21,7 @@ from khosim.checks.violation import Violation
 from khosim.errors import InputError, KhoSimError
 from khosim.kernel.boot import boot
 from khosim.kernel.bootloader import load_kernel
+from khosim.kernel.dismantle import dismantle
 from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.page_policy import AdversarialPolicy, Policy
@@ -45,12 +48,16 @@ class Machine:
     ``checks=False`` no invariants are recorded and :meth:`check` refuses.
 
     ``kernel`` is the kernel that runs now, or None before the first boot and after a panic.
+
+    Kernel and machine know each other, so Python frees them when its garbage collector comes by.
+    Who makes thousands of machines in a row frees each at once with ``with Machine() as machine:``.
     """
 
     __slots__ = (
         "__weakref__",
         "_auditor",
         "_jump",
+        "_kernels",
         "_last_boot",
         "allocator",
         "generation",
@@ -90,6 +97,7 @@ class Machine:
         self.seed = seed
         self.generation = -1
         self.kernel: Kernel | None = None
+        self._kernels: WeakSet[Kernel] = WeakSet()
         self.listeners: list[Trace] = []
         """Called with every event of every kernel; see :meth:`listen`."""
         self._auditor = Auditor(hardware) if checks else None
@@ -99,6 +107,27 @@ class Machine:
     def __repr__(self) -> str:
         ram = self.hardware.memory_map.ram_bytes
         return f"Machine({self.hardware.arch}, {ram >> 20} MiB, generation {self.generation})"
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The end of all its kernels: what they hold is freed at once, and none can be used again.
+
+        RAM stays as it is, for those who still hold :attr:`hardware`.
+        """
+        for kernel in self._kernels:
+            dismantle(kernel)
+        self._kernels.clear()
+        self.kernel = None
 
     # -- other ways to get one ------------------------------------------------------------------
 
@@ -256,14 +285,16 @@ class Machine:
         """
         self.generation += 1
         self.kernel = None
-        self.kernel = boot(
+        kernel = boot(
             self.hardware,
             self.generation,
             policy=self._policy(),
             trace=self._trace(),
             host=self,
         )
-        return self.kernel
+        self.kernel = kernel
+        self._kernels.add(kernel)
+        return kernel
 
     def checkpoint(self, kernel: Kernel, stage: str) -> None:
         """Called by kernels at their stages: the auditor looks at the machine."""

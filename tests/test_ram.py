@@ -28,6 +28,61 @@ def resident_bytes() -> int:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
+# Used again
+
+
+def test_memory_of_a_dead_machine_is_clean() -> None:
+    """Whatever was written, noted or not, the next machine of that size reads zeros."""
+    size = 1 << 20
+    for life in range(4):
+        ram = Ram(size)
+        assert ram.read(0, size) == bytes(size)
+        assert ram.touched_ranges() == []
+        ram.write(5 * PAGE + 9, b"noted", BOOT)
+        if life % 2:
+            ram.write(size - 3, b"end", BOOT)
+        ram.data[200 * PAGE] = 0xFF
+        ram.data[17 * PAGE : 18 * PAGE] = 0xFF  # behind the shadow's back
+        ram.data[0] = 1
+        token = ram.snapshot()
+        ram.zero(30 * PAGE, 40 * PAGE, SECOND)
+        ram.write(31 * PAGE, b"x" * 3 * PAGE, SECOND)
+        ram.rollback(token)
+        ram.write(60 * PAGE, b"left in the log", SECOND)
+        del ram
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda ram: ram.view(0, 8),
+        lambda ram: ram.words[:1],
+        lambda ram: ram.u64[:1],
+        lambda ram: ram.writable_mv(0, 8, BOOT),
+    ],
+)
+def test_memory_that_is_looked_at_is_not_used_again(look: Callable[[Ram], Any]) -> None:
+    """A view outlives its machine, with the bytes it showed."""
+    ram = Ram(1 << 20)
+    ram.write(0, b"precious", BOOT)
+    view = look(ram)
+    del ram
+    other = Ram(1 << 20)
+    assert other.read(0, 8) == bytes(8)
+    other.write(0, b"whatever", BOOT)
+    assert view.tobytes() == b"precious"
+
+
+def test_much_memory_is_not_kept() -> None:
+    """A machine that touched a lot leaves nothing resident behind."""
+    size = 64 << 20
+    ram = Ram(size)
+    ram.write(0, b"x" * (32 << 20), BOOT)
+    before = resident_bytes()
+    del ram
+    assert before - resident_bytes() > 30 << 20
+
+
 # Reading and writing
 
 

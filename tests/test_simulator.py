@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -376,3 +378,43 @@ def test_no_pages_and_too_many_are_refused_alike(nr_pages):
     with pytest.raises(KernelError) as refused:
         kernel.alloc_pages_exact(nr_pages)
     assert refused.value.name == "ENOMEM"
+
+
+# -- freeing one ----------------------------------------------------------------------------------
+
+
+def test_a_closed_machine_is_freed_at_once():
+    """Machine, kernels and RAM are gone with their last use, without the garbage collector."""
+    gc.disable()
+    try:
+        with Machine("64M") as machine:
+            kernel = machine.boot(cmdline="kho=on reserve_mem=64K:4096:oops")
+            folio = kernel.alloc_folio(1)
+            kernel.kho_preserve_folio(folio)
+            successor = machine.kexec(kernel)
+            assert successor.kho_restore_folio(folio.phys) is not None
+            assert machine.check() == []
+            alive = [weakref.ref(part) for part in (machine, kernel, successor, kernel.ram)]
+        del machine, kernel, successor, folio
+        assert [part() for part in alive] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_kernels_of_a_closed_machine_are_dead():
+    """They still tell who they were and what they logged; RAM outlives them."""
+    with Machine("64M", checks=False) as machine:
+        kernel = machine.boot(cmdline="kho=on")
+        ram = machine.hardware.ram
+        phys = kernel.kho_out.fdt_phys
+    assert repr(kernel) == "Kernel(generation=0, release='7.3', dead)"
+    with pytest.raises(KhoSimError, match="has handed over"):
+        kernel.alloc_folio()
+    assert machine.kernel is None
+    assert ram.read(phys, 4) == bytes.fromhex("d00dfeed")
+
+
+def test_a_panic_leaves_a_with_statement():
+    """What a kernel raises passes through the end of its machine."""
+    with pytest.raises(InputError), Machine("64M") as machine:
+        machine.boot(cmdline="x" * 3000)

@@ -13,6 +13,7 @@ entries of the reservation block, which no handover has.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +33,7 @@ _VERSION = 17
 _LAST_COMP_VERSION = 16
 _MAX_DEPTH = 64
 _MAX_NAME_BYTES = 64  # shown of a node's name in the path to a problem
+_SMALL_BYTES = 4096
 _MAX_BYTES = 2 << 20  # more than libfdt-made handover blobs ever hold
 
 _BEGIN_NODE, _END_NODE, _PROP, _NOP, _END = 1, 2, 3, 4, 9
@@ -99,6 +101,11 @@ def decode_fdt(reader: Reader, phys: int, limit: int) -> Fdt:
 
 def parse_fdt(data: bytes, phys: int = 0) -> Fdt:
     """Decode the blob in ``data``; ``phys`` only serves to name addresses in problems."""
+    # What is known of small blobs is remembered: each is looked at several times.
+    return _parse_small(data, phys) if len(data) <= _SMALL_BYTES else _parse(data, phys)
+
+
+def _parse(data: bytes, phys: int) -> Fdt:
     log = ProblemLog()
     root = None
     if len(data) < _HEADER.size:
@@ -110,6 +117,9 @@ def parse_fdt(data: bytes, phys: int = 0) -> Fdt:
             _check_blocks(header, data, phys, log)
             root = _Walk(data, header, phys, log).run()
     return Fdt(root, data, log.done())
+
+
+_parse_small = lru_cache(maxsize=64)(_parse)
 
 
 def _check_header(header: tuple[int, ...], have_bytes: int, phys: int, log: ProblemLog) -> bool:

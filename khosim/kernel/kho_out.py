@@ -21,6 +21,7 @@ import numpy as np
 from khosim.abi import fdt
 from khosim.abi.kexec_metadata import KHO_METADATA_NODE_NAME, pack_kexec_metadata
 from khosim.errors import KernelError, KernelPanic, KhoSimError
+from khosim.kernel.kho_fdt import new_root_fdt, with_subtree
 from khosim.kernel.kho_radix import Pfns, key_base, kho_encode_radix_key
 from khosim.kernel.kho_tracker import make_tracker
 
@@ -107,14 +108,10 @@ class KhoOut:
         kernel = self._kernel
         page_size = kernel.arch.page_size
         buf = kernel.ram.writable_mv(self.fdt_phys, page_size, kernel.by("kho_out_fdt_setup"))
-        error = fdt.fdt_create(buf, page_size)
-        error |= fdt.fdt_finish_reservemap(buf)
-        error |= fdt.fdt_begin_node(buf, "")
-        error |= fdt.fdt_property_string(buf, "compatible", kernel.release.kho_compatible)
-        root = _U64_LE.pack(self.tree.root)
-        error |= fdt.fdt_property(buf, kernel.release.memory_map_prop, root)
-        error |= fdt.fdt_end_node(buf)
-        error |= fdt.fdt_finish(buf)
+        release = kernel.release
+        error, buf[:] = new_root_fdt(
+            page_size, release.kho_compatible, release.memory_map_prop, self.tree.root
+        )
         return error
 
     def kexec_metadata(self, kexec_count: int) -> int:
@@ -143,31 +140,21 @@ class KhoOut:
         if release.finalize == "notifiers":
             append_subtree(kernel, name, phys)
             return
-        page_size = kernel.arch.page_size
         buf = root_fdt(kernel, "kho_add_subtree")
-        if fdt.fdt_open_into(buf, buf, page_size) < 0:
+        props = [(release.subtree_phys_prop, phys)]
+        if release.subtree_size_prop:
+            props.append((release.subtree_size_prop, size_bytes))
+        unwinds = release.add_subtree_unwinds
+        error, buf[:] = with_subtree(buf.tobytes(), name, tuple(props), unwinds=unwinds)
+        if error is None:
             raise KernelError(errno.ENOMEM, "kho_add_subtree", "the root FDT is damaged")
-        error = errno.ENOMEM
-        offset = fdt.fdt_add_subnode(buf, 0, name)
-        if offset >= 0:
-            failed = fdt.fdt_setprop(buf, offset, release.subtree_phys_prop, _U64_LE.pack(phys))
-            if failed >= 0 and release.subtree_size_prop:
-                size = _U64_LE.pack(size_bytes)
-                failed = fdt.fdt_setprop(buf, offset, release.subtree_size_prop, size)
-            if failed < 0 and release.add_subtree_unwinds:
-                fdt.fdt_del_node(buf, offset)
-            elif failed < 0:
-                error = -failed
-            else:
-                error = 0
-                if not release.subtree_size_prop:
-                    size_bytes = kernel.fdt_totalsize(phys)
-                if kernel.debugfs.blob_add("out", name, phys, size_bytes):
-                    kernel.warn_once(
-                        "WARNING: kho_add_subtree: the blob is not in debugfs", "kho_add_subtree"
-                    )
-        elif offset == -fdt.FDT_ERR_EXISTS:
-            error = errno.EEXIST
+        if not error:
+            if not release.subtree_size_prop:
+                size_bytes = kernel.fdt_totalsize(phys)
+            if kernel.debugfs.blob_add("out", name, phys, size_bytes):
+                kernel.warn_once(
+                    "WARNING: kho_add_subtree: the blob is not in debugfs", "kho_add_subtree"
+                )
         fdt.fdt_pack(buf)
         if kernel.trace is not None:
             kernel.emit("kho_add_subtree", {"name": name, "phys": phys, "size": size_bytes}, -error)

@@ -141,23 +141,23 @@ class KhoRadixTree:
 
     def _find_leaf(self, key: int) -> int:
         """The leaf page of ``key``, or 0 where a table lacks the entry."""
-        words, mapped, mask = self._memory.ram.words, self._mapped, self._table_mask
+        u64, mapped, mask = self._memory.ram.u64, self._mapped, self._table_mask
         node = self.root
         for shift in self._shifts:
             entry = node + ((key >> shift & mask) << 3)
-            node = words.item(entry >> 3) if node in mapped else self._read(node, entry)
+            node = u64[entry >> 3] if node in mapped else self._read(node, entry)
             if not node:
                 return 0
         return node
 
     def _make_leaf(self, key: int, by: tuple[int, str]) -> tuple[int, bool]:
         """The leaf page of ``key`` (0: no memory), and whether it had to be made and is empty."""
-        words, mapped, mask = self._memory.ram.words, self._mapped, self._table_mask
+        u64, mapped, mask = self._memory.ram.u64, self._mapped, self._table_mask
         shifts = self._shifts
         node = self.root
         for level, shift in enumerate(shifts):
             entry = node + ((key >> shift & mask) << 3)
-            node = words.item(entry >> 3) if node in mapped else self._read(node, entry)
+            node = u64[entry >> 3] if node in mapped else self._read(node, entry)
             if not node:
                 return self._make_branch(entry, key, shifts[level + 1 :], by), True
         return node, False
@@ -186,7 +186,7 @@ class KhoRadixTree:
         """The address of the bitmap word that holds the bit of ``key``, and the word."""
         at = leaf + ((key & self._leaf_mask) >> 6 << 3)
         if leaf in self._mapped:
-            return at, self._memory.ram.words.item(at >> 3)
+            return at, self._memory.ram.u64[at >> 3]
         return at, self._read(leaf, at)
 
     # -- single keys -------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class KhoRadixTree:
         if is_new:
             word = 0  # without a look, for which the host would have to map the page first
         elif leaf in self._mapped:
-            word = memory.ram.words.item(at >> 3)
+            word = memory.ram.u64[at >> 3]
         else:
             word = self._read(leaf, at)
         memory.ram.write_u64(at, word | 1 << (key & 63), by)

@@ -21,6 +21,7 @@ from khosim.abi.memblock import (
     RESERVE_MEM_KHO_NODE_COMPATIBLE,
 )
 from khosim.errors import KernelError
+from khosim.kernel.kho_fdt import memblock_fdt
 from khosim.kernel.kho_in import FDT_MAX_BYTES
 from khosim.units import memparse
 
@@ -253,20 +254,7 @@ class ReserveMem:
         return error
 
     def _write_fdt(self, buf: memoryview) -> int:
-        error = fdt.fdt_create(buf, self._kernel.arch.page_size)
-        error |= fdt.fdt_finish_reservemap(buf)
-        error |= fdt.fdt_begin_node(buf, "")
-        error |= fdt.fdt_property_string(buf, "compatible", MEMBLOCK_KHO_NODE_COMPATIBLE)
-        for name, start, size in self.regions:
-            if error:
-                break
-            error |= fdt.fdt_begin_node(buf, name)
-            error |= fdt.fdt_property_string(buf, "compatible", RESERVE_MEM_KHO_NODE_COMPATIBLE)
-            error |= fdt.fdt_property(buf, "start", _U64_LE.pack(start))
-            error |= fdt.fdt_property(buf, "size", _U64_LE.pack(size))
-            error |= fdt.fdt_end_node(buf)
-        error |= fdt.fdt_end_node(buf)
-        error |= fdt.fdt_finish(buf)
+        error, buf[:] = memblock_fdt(self._kernel.arch.page_size, tuple(self.regions))
         return error
 
     def _preserve_regions(self) -> int:

@@ -14,7 +14,6 @@ The machines are little-endian, and so must the host be.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, NoReturn
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from khosim.errors import InputError, RamFault
+from khosim.machine.mapping import map_memory, recycle
 from khosim.machine.shadow import Stamp, Writer, WriterShadow
 from khosim.machine.undo import Backing, UndoLog
 
@@ -30,7 +30,6 @@ __all__ = ("MAX_PHYS", "Ram", "Writer")
 MAX_PHYS = 64 << 40
 """The highest end of RAM, in bytes: what a host's address space of 47 bits has room for."""
 
-_MAP_NORESERVE = 0x4000
 _SMALL_PAGES = 16  # writes up to this many pages are stamped page by page, longer ones as a run
 _PAGE_SIZES = (4096, 16384, 65536)
 
@@ -47,7 +46,8 @@ class Ram:
     access outside raises :class:`RamFault`; a length of 0 is always fine inside or at the end.
     Every writing call takes ``by``, the writer to remember for the pages it reaches.
 
-    ``words`` is all of it as 64-bit numbers, for code that reads many and has checked where.
+    ``words`` is all of it as 64-bit numbers, for code that reads many and has checked where;
+    ``u64`` is the same for single ones.
     ``data`` is the array itself, rounded up to whole pages, for vectorised code: call
     :meth:`note_writes` or :meth:`writable` for what you are going to write, and then write.
     """
@@ -70,6 +70,7 @@ class Ram:
         "page_shift",
         "page_size",
         "size_bytes",
+        "u64",
         "words",
     )
 
@@ -82,13 +83,7 @@ class Ram:
         self.page_size = page_size
         self.page_shift = page_size.bit_length() - 1
         mapped = -(-size_bytes // page_size) * page_size
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        try:
-            mapping = mmap.mmap(-1, mapped, flags=flags)
-            mapping.madvise(mmap.MADV_NOHUGEPAGE)
-        except OSError as error:
-            cause = f"the host does not map {mapped} bytes: {error.strerror}"
-            raise InputError("RAM: size", cause) from None
+        mapping = map_memory(mapped)
         self.data: Bytes = np.frombuffer(mapping, dtype=np.uint8)
         self._ro: Bytes = self.data.view()
         self._ro.flags.writeable = False
@@ -96,6 +91,7 @@ class Ram:
         self._u64 = self._mv.cast("Q")
         self._u32 = self._mv.cast("I")
         self.words = self._ro.view("<u8")
+        self.u64 = self._u64.toreadonly()
         self._backing = Backing(mapping, self.data, self._mv, self.page_shift)
         self._shadow = WriterShadow()
         self._pages = self._shadow.pages
@@ -104,6 +100,16 @@ class Ram:
         self._undo_log = UndoLog(self._backing, self._shadow)
         self._undo: UndoLog | None = None  # the log while a snapshot is active
         self._next_token = 1
+
+    def __del__(self) -> None:
+        # The bytes may serve the next machine; see recycle().
+        if not hasattr(self, "_next_token"):
+            return  # it never came to be
+        mapping = self._backing.mapping
+        touched = self._shadow.touched_runs(0, len(mapping) >> self.page_shift, self.page_shift)
+        del self.data, self.words, self.u64, self._ro, self._mv, self._u64, self._u32
+        del self._backing, self._undo_log, self._undo
+        recycle(mapping, touched)
 
     # Reading
 

@@ -1,0 +1,64 @@
+"""The host memory under a machine's RAM, and one piece of it that is used again.
+
+The host clears each page when it is first touched, which costs several times what writing it does.
+So the mapping of the last machine that died is kept, as an allocator keeps freed memory: cleared,
+for the next one of the same size. Nothing of a machine goes into another. All that was written is
+overwritten with zeros, all other pages are given back to the host, whoever wrote to them behind the
+shadow's back, and a mapping that somebody still looks at is not used again.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+from khosim.errors import InputError
+
+__all__ = ("map_memory", "recycle")
+
+_MAP_NORESERVE = 0x4000
+_MAX_KEPT_BYTES = 4 << 20
+_kept: list[mmap.mmap] = []  # one at most
+
+
+def map_memory(len_bytes: int) -> mmap.mmap:
+    """Zeroed, lazily committed memory; :class:`InputError` where the host has no room for it."""
+    try:
+        mapping = _kept.pop()
+        if len(mapping) == len_bytes:
+            return mapping
+    except IndexError:
+        pass
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    try:
+        mapping = mmap.mmap(-1, len_bytes, flags=flags)
+        mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    except OSError as error:
+        cause = f"the host does not map {len_bytes} bytes: {error.strerror}"
+        raise InputError("RAM: size", cause) from None
+    return mapping
+
+
+def recycle(mapping: mmap.mmap, touched: list[tuple[int, int]]) -> None:
+    """Keep a mapping that nobody needs any more, if little of it was touched.
+
+    ``touched`` are the ordered, disjoint (start, end) in bytes that may not be zero.
+    """
+    size, page = len(mapping), mmap.PAGESIZE
+    if sum(end - start for start, end in touched) > _MAX_KEPT_BYTES:
+        return
+    if any((start | end) % page for start, end in touched):
+        return
+    try:
+        mapping.resize(size)  # refuses while anybody has a view of it
+    except BufferError:
+        return
+    at = 0
+    with memoryview(mapping) as view:
+        for start, end in touched:
+            if at < start:
+                mapping.madvise(mmap.MADV_DONTNEED, at, start - at)
+            view[start:end] = bytes(end - start)
+            at = end
+    if at < size:
+        mapping.madvise(mmap.MADV_DONTNEED, at, size - at)
+    _kept[:] = [mapping]
