@@ -7,6 +7,8 @@ import json
 import pytest
 
 from khosim import InputError, KernelError, KhoSimError, Machine
+from khosim.checks.decode import decode_handover
+from khosim.checks.preserved import expand
 from khosim.cli.main import main
 from khosim.kernel.release import MAINLINE, RELEASES, Release, find_release
 
@@ -106,31 +108,50 @@ def test_another_format_is_refused(old, new, their):
 
 
 def test_short_bitmaps_misread_as_pages():
-    """6.17 to 6.18, under one name: the bitmaps behind each other become one.
+    """6.17 to 6.18, under one name: the objects behind each bitmap become a part of it.
 
-    Orders 0, 1 and 2 have a bitmap each, one behind the other in the slab. Bit n of the second is
-    bit 4096 + n to the reader of the first: a page where the writer had two.
+    Orders 0, 1 and 2 have a bitmap each, one behind the other in the slab, and behind these are
+    free objects, each with the address of the next in its middle. Bit n of the object that is k
+    objects further is bit 4096 * k + n to the reader.
     """
-    machine = Machine("256M")
+    machine = Machine("2G", nodes=2)
     kernel = machine.boot("6.17", cmdline="kho=on")
     pfns = []
     for order in (0, 1, 2):
-        folio = kernel.alloc_folio(order)
+        folio = kernel.alloc_folio(order, nid=0)
         kernel.kho_preserve_folio(folio)
         pfns.append(folio.pfn)
+    reserved = set()
+
+    def listen(event):
+        if event.symbol == "deserialize_bitmap":
+            phys, order, count = (event.args[name] for name in ("phys", "order", "nr_blocks"))
+            reserved.update((phys + (n << order + 12), order) for n in range(count))
+
+    machine.listen(listen)
     successor = kernel.kexec(release="6.18")
     assert successor.is_kho_boot
-    phantoms = {
-        4096 + (pfns[1] >> 1): 0,
-        8192 + (pfns[2] >> 2): 0,
-        2 * (4096 + (pfns[2] >> 2)): 1,
-    }
-    for pfn, order in phantoms.items():
-        page = successor.page(pfn)
-        assert (page.kind, page.order) == ("incoming", order)
-    told = [v for v in machine.check() if v.invariant == "map-agrees"]
-    assert sorted(v.phys >> 12 for v in told) == sorted(phantoms)
-    assert all("is reserved but was not preserved" in v.message for v in told)
+    ram = machine.hardware.ram
+    told = decode_handover(ram, kernel.kexec_image.kho_fdt, 4096, preserve_bits=4096).preserved
+    elements = [chunk.elements[0] for chunk in told.chunks]
+    slab = elements[0].bitmap
+    assert [element.bitmap - slab for element in elements] == [0, 512, 1024]
+    phantoms = set()
+    for order in (0, 1, 2):
+        for behind in range(1, 8):
+            n = order + behind
+            if n < 3:
+                bits = [(pfns[n] >> n) % 4096]
+            else:
+                pointer = 0xFFFF888000000000 + slab + 512 * (n + 1)
+                bits = [2048 + bit for bit in range(64) if pointer >> bit & 1]
+            start = elements[order].phys_start + (4096 * behind << order + 12)
+            phantoms.update((start + (bit << order + 12), order) for bit in bits)
+    assert reserved - set(expand(told)) == phantoms
+    assert set(expand(told)) <= reserved
+    spoke = [v for v in machine.check() if v.invariant == "map-agrees"]
+    assert spoke
+    assert all("is reserved but was not preserved" in v.message for v in spoke)
 
 
 def test_page_bitmaps_misread_as_short_ones():

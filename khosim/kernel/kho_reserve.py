@@ -111,6 +111,8 @@ def _reserve_odd(kernel: Kernel, phys: int, order: int, symbol: str) -> None:
         if size >> 31:
             size = (size - (1 << 32)) & _U64
     kernel.memblock.memblock_reserve(phys, size)
+    if kernel.trace is not None:
+        kernel.emit(symbol, {"phys": phys, "order": order, "nr_blocks": 1}, None)
     kernel.memblock.memblock_reserved_mark_noinit(phys, size)
     pfn = phys >> shift
     if not kernel.pfn_to_online_page(pfn):

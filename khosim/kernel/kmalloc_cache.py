@@ -1,13 +1,20 @@
 """Small objects whose place in memory matters: the caches behind kzalloc.
 
-Models ``mm/slub.c:kmem_cache_alloc`` and ``calculate_order`` @ 7.3 for objects that a handover
-points at. A cache takes blocks from the buddy allocator and deals them out from the lowest address
-up; a block without objects goes back. Objects of other users share the blocks of a real kernel but
-not these. Left out: freelist randomisation, per-cpu and per-node lists, empty blocks that are kept.
+Models ``mm/slub.c:kmem_cache_alloc``, ``calculate_order`` and ``set_freepointer`` @ 7.3 for objects
+that a handover points at. A cache takes blocks from the buddy allocator and deals them out from the
+lowest address up; a block without objects goes back. A free object holds the (virtual) address of
+the next one in its middle, and else what was there before: a kernel that reads a bitmap too far
+reads that, so it has to be there.
+
+Simplified: objects of other users share the blocks of a real kernel, with their own pointers, but
+not these; what lies behind a block is what the buddy allocator has there. Left out: freelist
+randomisation and hardening (a tiny kernel has neither, those of distributions have both), per-cpu
+and per-node lists, empty blocks that are kept, addresses of a kernel with KASLR.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ("KmallocCache",)
 
 _MAX_ORDER = 3  # slub_max_order: PAGE_ALLOC_COSTLY_ORDER
+_PAGE_OFFSET = {"x86_64": 0xFFFF888000000000, "arm64": 0xFFFF000000000000}
+_ARM64_MEMSTART_ALIGN = 1 << 30
 
 
 class KmallocCache:
@@ -70,6 +79,8 @@ class KmallocCache:
             self._slabs[slab] = 0
             end = slab + self.slab_bytes - self.size_bytes
             self._free = list(range(end, slab - 1, -self.size_bytes))
+            for at, following in pairwise((0, *self._free)):
+                self._set_freepointer(following, at)
         phys = self._free.pop()
         self._slabs[self._slab_of(phys)] += 1
         kernel.ram.zero(phys, self.size_bytes, kernel.by(symbol))
@@ -84,13 +95,26 @@ class KmallocCache:
         slab = self._slab_of(phys)
         self._slabs[slab] -= 1
         if self._slabs[slab]:
+            self._set_freepointer(phys, self._free[-1] if self._free else 0)
             self._free.append(phys)
-            self._free.sort(reverse=True)
             return
         del self._slabs[slab]
         end = slab + self.slab_bytes
         self._free = [other for other in self._free if not slab <= other < end]
         self._kernel.pages.free_pages(slab >> self._kernel.arch.page_shift, self._order)
+
+    def _set_freepointer(self, phys: int, following: int) -> None:
+        # set_freepointer: s->offset is in the middle, out of reach of small overflows.
+        kernel = self._kernel
+        virt = self._virt(following) if following else 0
+        at = phys + (self.size_bytes // 2 & -8)
+        kernel.ram.write_u64(at, virt, kernel.by("set_freepointer"))
+
+    def _virt(self, phys: int) -> int:
+        arch = self._kernel.arch.name
+        if arch == "arm64":
+            phys -= self._kernel.memblock.memblock_start_of_DRAM() & -_ARM64_MEMSTART_ALIGN
+        return _PAGE_OFFSET[arch] + phys
 
     def holds(self, phys: int) -> bool:
         """Whether ``phys`` is in one of the cache's blocks."""
