@@ -33,13 +33,15 @@ MAY_USE: dict[str, set[str]] = {
     "plan": BASE | {"machine", "kernel", "capture", "conform"},
     "lab": BASE | {"machine", "abi", "kernel", "checks", "capture", "inspect", "__init__"},
     "scenario": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
+    "matrix": BASE
+    | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "__init__"},
     "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "view": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore"},
     "cli": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore", "testing", "view"}
-    | {"inspect", "conform", "plan", "lab", "scenario", "bugs", "__init__"},
+    | {"inspect", "conform", "plan", "lab", "scenario", "bugs", "matrix", "__init__"},
     "__main__": {"cli"},
     "__init__": {"errors", "simulator"},
 }

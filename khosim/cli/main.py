@@ -43,6 +43,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "replay": ("khosim.cli.replay", "make a real boot's memblock calls again and compare"),
     "plan": ("khosim.cli.plan", "predict scratch areas, their cost and what drives it"),
     "inspect": ("khosim.cli.inspect", "decode a real handover and say what is torn"),
+    "matrix": ("khosim.cli.matrix", "hand over between every pair of releases"),
     "bugs": ("khosim.cli.bugs", "the museum: bugs that were fixed, replayed"),
     "conform": ("khosim.cli.conform", "hold khosim against a real capture, item by item"),
     "lab": ("khosim.cli.lab", "boot a real kernel in QEMU and capture its handovers"),
