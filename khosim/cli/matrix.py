@@ -44,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="old", metavar="R,...", help="releases that hand over (default: all eight)")
     add("--to", dest="new", metavar="R,...", help="releases that take over (default: all eight)")
     add("--page-size", metavar="SIZE", help="4K (x86-64) or 16K (arm64) only")
+    add("--only", metavar="NAME,...", help="what is in play, such as pages (default: everything)")
     add("--json", action="store_true", help="one JSON object, with a row for each cell")
     add(
         "--program",
@@ -63,13 +64,14 @@ def run(args: argparse.Namespace) -> int:
     if args.program is not None:
         if args.json or args.old is not None or args.new is not None:
             raise InputError("--program", "it takes releases itself, and no --json, --from or --to")
-        return _print_program(args.program, page_sizes[0], finalize=not args.unfinalized)
+        finalize = not args.unfinalized
+        return _print_program(args.program, page_sizes[0], _things(args.only), finalize=finalize)
     if args.unfinalized:
         raise InputError("--unfinalized", "it goes with --program only")
     old = _releases("--from", args.old) or MAINLINE
     new = _releases("--to", args.new) or MAINLINE
-    wanted = list(cells(old, new, page_sizes=page_sizes))
-    runs = play_all(wanted, _progress(len(wanted)))
+    wanted = list(cells(old, new, page_sizes=page_sizes, only=_things(args.only)))
+    runs = play_all(wanted, _Progress(len(wanted)))
     if args.json:
         print(json.dumps(_as_json(runs), indent=1))
     else:
@@ -77,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(played.contradiction for played in runs) else 0
 
 
-def _print_program(names: list[str], page_size: int, *, finalize: bool) -> int:
+def _print_program(
+    names: list[str], page_size: int, only: tuple[str, ...], *, finalize: bool
+) -> int:
     from khosim.kernel.release import find_release
     from khosim.matrix.grid import Cell, program
 
@@ -86,7 +90,7 @@ def _print_program(names: list[str], page_size: int, *, finalize: bool) -> int:
     found = [find_release(name) for name in names]
     if not finalize and not found[0].finalize:
         raise InputError("--unfinalized", f"Linux {found[0].name} has nothing to finalize")
-    print(program(Cell(tuple(names), page_size, finalize)), end="")
+    print(program(Cell(tuple(names), page_size, finalize, only)), end="")
     return 0
 
 
@@ -103,6 +107,18 @@ def _releases(option: str, text: str | None) -> tuple[str, ...]:
     return names
 
 
+def _things(text: str | None) -> tuple[str, ...]:
+    from khosim.matrix.handover import THINGS
+
+    if text is None:
+        return THINGS
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in THINGS:
+            raise InputError("--only", f"{name!r} is not one of {', '.join(THINGS)}")
+    return names
+
+
 def _page_size(text: str) -> int:
     size = parse_size(text, what="--page-size")
     if size not in _ARCHES:
@@ -110,7 +126,7 @@ def _page_size(text: str) -> int:
     return size
 
 
-class _progress:  # noqa: N801 - used as a function
+class _Progress:
     """Tells a terminal how far it is; a pipe hears nothing."""
 
     def __init__(self, total: int) -> None:
@@ -151,7 +167,10 @@ def _told(runs: Sequence[Run]) -> list[str]:
             lines += [f"{title}, to the release before and back", ""]
             for trip in trips:
                 letters = " ".join(_LETTERS[leg.outcome] for leg in trip.legs)
-                lines.append(f"  {' -> '.join(trip.cell.releases):<24} {letters}")
+                line = f"  {' -> '.join(trip.cell.releases):<24} {letters:<5}"
+                if trip.outcome == "right":
+                    line += f"{', '.join(trip.missing) or 'nothing'} lost"
+                lines.append(line.rstrip())
             lines.append("")
     lines += [f"{letter}  {text}" for letter, text in _LEGEND.items()]
     for word in ("panic", "misread", "refused", "right"):
@@ -179,26 +198,29 @@ def _row(words: Sequence[str], widths: Sequence[int]) -> str:
 
 def _whys(word: str, runs: Sequence[Run]) -> list[str]:
     # Cells that say the same but for addresses share a line.
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[str, dict[str, list[str]]] = {}
     for played in runs:
-        if len(played.cell.releases) > 2:
-            continue
         leg = played.legs[0]
-        if leg.outcome == word:
-            why = re.sub(r"0x[0-9a-f]+", "0x...", leg.why)
-            groups.setdefault((_kind(played.cell), why), []).append(f"{leg.old}>{leg.new}")
+        if leg.outcome == word and len(played.cell.releases) == 2:
+            why = re.sub(r"0x[0-9a-f]+|(?<=address: )[0-9a-f]+", "...", leg.why)
+            kinds = groups.setdefault(why, {})
+            kinds.setdefault(_kind(played.cell), []).append(f"{leg.old}>{leg.new}")
     if not groups:
         return []
     lines = ["", _LEGEND[_LETTERS[word]]]
-    for (kind, why), pairs in groups.items():
-        lines.append(_filled(f"  {', '.join(pairs)} ({kind})", 2))
+    for why, kinds in groups.items():
+        by_pairs: dict[str, list[str]] = {}
+        for kind, pairs in kinds.items():
+            by_pairs.setdefault(", ".join(pairs), []).append(kind)
+        for cells, of_kinds in by_pairs.items():
+            lines.append(_filled(f"  {cells} ({'; '.join(of_kinds)})", 2))
         lines.append(_filled(f"      {why}", 6))
     return lines
 
 
 def _kind(cell: Cell) -> str:
-    how = "not finalized, " if cell.finalized is False else ""
-    return f"{how}{cell.page_size >> 10} KiB"
+    how = ", not finalized" if cell.finalized is False else ""
+    return f"{cell.page_size >> 10} KiB{how}"
 
 
 def _filled(text: str, later: int) -> str:

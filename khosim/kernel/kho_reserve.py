@@ -25,6 +25,9 @@ __all__ = ("leave_uninitialised", "reserve_blocks")
 
 _U64 = (1 << 64) - 1
 _WIDE = 31
+_VMEMMAP_START = 0xFFFFEA0000000000
+_STRUCT_PAGE_BYTES = 64
+_PRIVATE_OFFSET = 40  # offsetof(struct page, private)
 
 
 def reserve_blocks(kernel: Kernel, runs: Iterable[tuple[int, int, int]], symbol: str) -> None:
@@ -45,6 +48,15 @@ def reserve_blocks(kernel: Kernel, runs: Iterable[tuple[int, int, int]], symbol:
         for n in range(nr_blocks):
             _reserve_odd(kernel, phys + (n << width), order, symbol)
     _reserve_plain(kernel, plain)
+
+
+def _fault(kernel: Kernel, pfn: int) -> str:
+    # What the kernel prints at the store to page->private. Without KASLR and with four levels of
+    # page tables x86-64 has its struct pages at a known address.
+    address = f"{_VMEMMAP_START + pfn * _STRUCT_PAGE_BYTES + _PRIVATE_OFFSET:016x}"
+    if kernel.arch.name == "x86_64":
+        return f"BUG: unable to handle page fault for address: {address}"
+    return "Unable to handle kernel paging request"
 
 
 def _heads_exist(kernel: Kernel, phys: int, order: int, nr_blocks: int) -> bool:
@@ -117,8 +129,7 @@ def _reserve_odd(kernel: Kernel, phys: int, order: int, symbol: str) -> None:
     pfn = phys >> shift
     if not kernel.pfn_to_online_page(pfn):
         raise KernelPanic(
-            f"BUG: unable to handle page fault for address: struct page of pfn {pfn:#x} in "
-            f"{symbol}: no memory is there",
+            f"{_fault(kernel, pfn)}, struct page of pfn {pfn:#x} in {symbol}: no memory is there",
             kernel.generation,
         )
     end_pfn = (phys + size + kernel.arch.page_size - 1) >> shift

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from khosim.kernel.release import MAINLINE, Release, find_release
 from khosim.matrix import handover
-from khosim.matrix.handover import SEVERITY, Leg, hand_over
+from khosim.matrix.handover import THINGS, hand_over
+from khosim.matrix.leg import INTACT, SEVERITY, Leg
 
 __all__ = ("Cell", "Run", "cells", "play", "play_all", "program")
 
@@ -27,6 +29,7 @@ class Cell:
     releases: tuple[str, ...]
     page_size: int = 4096
     finalized: bool | None = True
+    only: tuple[str, ...] = THINGS
 
     def __str__(self) -> str:
         how = ", not finalized" if self.finalized is False else ""
@@ -50,7 +53,18 @@ class Run:
         """That in a sentence; of a round trip, which handover it was."""
         if len(self.cell.releases) == 2:
             return self.legs[0].why
-        return "; ".join(f"{leg.old} -> {leg.new} {leg.outcome}: {leg.why}" for leg in self.legs)
+        said = [f"{leg.old} -> {leg.new} {leg.outcome}: {leg.why}" for leg in self.legs]
+        if self.outcome == "right" and self.missing:
+            said.append(f"not back: {', '.join(self.missing)}")
+        return "; ".join(said)
+
+    @property
+    def missing(self) -> list[str]:
+        """What was in play at first and is not there, or not intact, at last."""
+        first, last = self.legs[0], self.legs[-1]
+        alive = last.outcome != "panic" and len(self.legs) == len(self.cell.releases) - 1
+        names = [*first.fates, *first.unclaimed]
+        return [name for name in names if not alive or last.fates.get(name) != INTACT]
 
     @property
     def contradiction(self) -> str:
@@ -72,6 +86,7 @@ class Run:
         if self.contradiction:
             row["contradiction"] = self.contradiction
         if len(self.legs) > 1 or len(cell.releases) > 2:
+            row["lost"] = self.missing
             row["handovers"] = [_leg_json(leg) for leg in self.legs]
             return row
         return row | _leg_json(self.legs[0])
@@ -100,6 +115,7 @@ def cells(
     new: Sequence[str] = MAINLINE,
     *,
     page_sizes: Sequence[int] = PAGE_SIZES,
+    only: tuple[str, ...] = THINGS,
 ) -> Iterator[Cell]:
     """All pairs, finalized and not, then N to N-1 and back for what is in both lists."""
     for page_size in page_sizes:
@@ -109,11 +125,11 @@ def cells(
                 if not finalized and not needed:
                     continue
                 for successor in new:
-                    yield Cell((name, successor), page_size, finalized if needed else None)
-        for before, name in zip(MAINLINE, MAINLINE[1:], strict=False):
+                    yield Cell((name, successor), page_size, finalized if needed else None, only)
+        for before, name in pairwise(MAINLINE):
             if name in old and name in new and before in old and before in new:
                 finalized_or_none = True if _finalizes(find_release(name)) else None
-                yield Cell((name, before, name), page_size, finalized_or_none)
+                yield Cell((name, before, name), page_size, finalized_or_none, only)
 
 
 def _finalizes(release: Release) -> bool:
@@ -123,7 +139,10 @@ def _finalizes(release: Release) -> bool:
 def play(cell: Cell) -> Run:
     """Run one cell."""
     legs = hand_over(
-        cell.releases, page_size=cell.page_size, finalize=cell.finalized is not False
+        cell.releases,
+        page_size=cell.page_size,
+        finalize=cell.finalized is not False,
+        only=cell.only,
     )
     return Run(cell, tuple(legs))
 
@@ -142,6 +161,8 @@ def program(cell: Cell) -> str:
     call = f"hand_over({cell.releases!r}, page_size={cell.page_size}"
     if cell.finalized is False:
         call += ", finalize=False"
+    if cell.only != THINGS:
+        call += f", only={cell.only!r}"
     return (
         f"{inspect.getsource(handover)}\n\n"
         'if __name__ == "__main__":\n'

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from khosim import KernelError, KernelPanic, Machine
@@ -32,6 +31,7 @@ from khosim.kernel.kho_vmalloc import KhoVmallocSlot, kho_preserve_vmalloc, kho_
 from khosim.kernel.release import Release, find_release
 from khosim.kernel.trace import Event
 from khosim.kernel.vmalloc import vmalloc
+from khosim.matrix.leg import INTACT, Leg
 from khosim.scenario.kho_user import preserve_range, publish, restore_range
 
 FOLIOS = {"pages": (0, 40), "tables": (2, 12), "buffers": (5, 4), "arena": (9, 1)}
@@ -41,98 +41,26 @@ VMALLOC_PAGES = 30
 SESSIONS = ("vm-a", "vm-b")
 MEMFD_PAGES = 20
 REGION = "oops"
+THINGS = (*FOLIOS, "range", "vmalloc", *SESSIONS, REGION)
+"""All that can be in play."""
 SPREAD_BYTES = 16 << 20
-BATCH_PAGES = 2048
-INTACT = "intact"
+BATCH_PAGES = 1024
+SPARE_BYTES = 32 << 20
 RESERVING = ("deserialize_bitmap", "kho_preserved_memory_reserve")
 TELLING = ("KHO: ", "luo", "WARNING: kho", "Revived", "reserve_mem", "memblock: ")
 """How lines of the kernel log begin that tell of the handover."""
-HARMLESS = ("KHO: found", "Revived", "KHO: exec from", "luo: Retrieved")
-SEVERITY = ("right", "refused", "misread", "panic")
-"""What a handover can come to, from best to worst."""
-
-
-@dataclass
-class Leg:
-    """One handover. Blocks are what the map has keys for; ``fates`` are told by name."""
-
-    old: str
-    new: str
-    outcome: str = ""
-    cause: str = ""
-    """What the two releases understand differently under one name."""
-    panic: str = ""
-    where: str = ""
-    """What a kernel that died was about."""
-    preserved: int = 0
-    """Blocks in the predecessor's map."""
-    lost: int = 0
-    """Blocks that were preserved and not reserved."""
-    phantom: int = 0
-    """Blocks that were reserved and not preserved."""
-    fates: dict[str, str] = field(default_factory=dict)
-    unclaimed: list[str] = field(default_factory=list)
-    """What was preserved and is beyond the successor: it has no calls for it."""
-    log: list[str] = field(default_factory=list)
-    """The successor's words about the handover."""
-    violations: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def contradiction(self) -> str:
-        """Where the ways to judge disagree: damage that no invariant speaks of; else empty."""
-        if self.outcome == "misread" and not self.violations:
-            return "there is damage, and no invariant speaks"
-        if self.outcome == "misread" and (self.lost or self.phantom):
-            return "" if "map-agrees" in self.violations else "map-agrees does not speak"
-        if self.outcome == "refused" and INTACT in self.fates.values():
-            return "it was refused, and something came through"
-        return ""
-
-    @property
-    def damage(self) -> dict[str, str]:
-        """The fates that are none to wish for."""
-        return {name: fate for name, fate in self.fates.items() if fate != INTACT}
-
-    @property
-    def why(self) -> str:
-        """The outcome in a sentence."""
-        if self.outcome == "panic":
-            told = [line for line in self.log if not line.startswith(HARMLESS)]
-            before = "; ".join([self._misread() or "accepted", *told])
-            return f"{before}; then, {self.where}: {self.panic}"
-        if self.outcome == "refused":
-            said = " / ".join(self.log) or "nothing was handed over, and nothing is said about it"
-            return f"{said}; lost: {', '.join(self.damage) or 'nothing'}"
-        if self.outcome == "misread":
-            return self._misread()
-        alone = f"; {self.new} has no calls for: {', '.join(self.unclaimed)}"
-        text = f"all {self.preserved} blocks reserved, all content intact"
-        return text + (alone if self.unclaimed else "")
-
-    def _misread(self) -> str:
-        parts = [self.cause] if self.cause and (self.lost or self.phantom) else []
-        if self.lost:
-            parts.append(f"{self.lost} of {self.preserved} blocks not reserved")
-        if self.phantom:
-            parts.append(f"{self.phantom} phantom reservations")
-        parts += [f"{name}: {fate}" for name, fate in self.damage.items()]
-        if not parts:
-            parts = [f"{name} is broken" for name in self.violations]
-        return "; ".join(parts)
-
-    def __str__(self) -> str:
-        lines = [f"{self.old} -> {self.new}: {self.outcome}", f"  {self.why}"]
-        lines += [f"  log: {line}" for line in self.log]
-        for name, messages in self.violations.items():
-            lines.append(f"  {name}, {len(messages)}: {messages[0]}")
-        return "\n".join(lines)
 
 
 def hand_over(
-    releases: Sequence[str], *, page_size: int = 4096, finalize: bool = True
+    releases: Sequence[str],
+    *,
+    page_size: int = 4096,
+    finalize: bool = True,
+    only: Sequence[str] = THINGS,
 ) -> list[Leg]:
     """Boot the first release, hand over to the next, and so on while one is alive.
 
+    ``only`` are the names of what is in play, each one of :data:`THINGS`; all of them by default.
     Pages of 4096 bytes make it an x86-64 machine, others arm64. Without ``finalize`` user space
     does not finalize, and live update, which would do it in the kernel, is off.
     """
@@ -150,18 +78,20 @@ def hand_over(
             reserved.append((args["phys"], args["order"], args["nr_blocks"]))
 
     machine.listen(listen)
-    cmdline = f"kho=on reserve_mem=2M:{page_size}:{REGION}"
+    cmdline = "kho=on"
+    if REGION in only:
+        cmdline += f" reserve_mem=2M:{page_size}:{REGION}"
     if finalize:
         cmdline += " liveupdate=on"
     kernel = machine.boot(find_release(releases[0]), cmdline=cmdline)
-    held = acquire(kernel)
+    held = acquire(kernel, only)
     legs: list[Leg] = []
     for name in releases[1:]:
         leg = Leg(kernel.release.name, find_release(name).name)
         leg.cause = difference(kernel.release, find_release(name), page_size)
         legs.append(leg)
         known = {str(violation) for violation in machine.check()}
-        names = [*held, REGION]
+        names = [*held, *(name for name in only if name == REGION)]
         try:
             preserve(kernel, held)
             machine.load_successor(kernel, find_release(name), finalize=finalize)
@@ -243,12 +173,14 @@ def content(name: str, len_bytes: int) -> bytes:
     return (word * (len_bytes // len(word) + 1))[:len_bytes]
 
 
-def acquire(kernel: Kernel) -> dict[str, Any]:
+def acquire(kernel: Kernel, only: Sequence[str]) -> dict[str, Any]:
     """Allocate and fill what shall survive; a region is filled where it lies."""
     page_size = kernel.arch.page_size
     held: dict[str, Any] = {}
     between: list[tuple[int, int]] = []
     for name, (order, count) in FOLIOS.items():
+        if name not in only:
+            continue
         held[name] = []
         for index in range(count):
             if index * 2 in (0, count):  # memory of others lies between, so that all is spread
@@ -256,18 +188,20 @@ def acquire(kernel: Kernel) -> dict[str, Any]:
             folio = kernel.alloc_folio(order, owner=name)
             folio.write(0, content(f"{name} {index}", folio.len_bytes), by=name)
             held[name].append(folio)
-    held["range"] = kernel.alloc_pages_exact(RANGE_PAGES, owner="range")
-    phys = held["range"] * page_size
-    kernel.ram.write(phys, content("range", RANGE_PAGES * page_size), kernel.by("range"))
-    if kernel.release.has("kho_preserve_vmalloc"):
+    if "range" in only:
+        held["range"] = kernel.alloc_pages_exact(RANGE_PAGES, owner="range")
+        phys = held["range"] * page_size
+        kernel.ram.write(phys, content("range", RANGE_PAGES * page_size), kernel.by("range"))
+    if "vmalloc" in only and kernel.release.has("kho_preserve_vmalloc"):
         held["vmalloc"] = vmalloc(kernel, VMALLOC_PAGES * page_size)
         held["vmalloc"].write(0, content("vmalloc", VMALLOC_PAGES * page_size), by="vmalloc")
     if kernel.liveupdate.enabled:
-        for name in SESSIONS:
+        for name in [name for name in SESSIONS if name in only]:
             held[name] = kernel.memfd(name, size=MEMFD_PAGES * page_size)
             held[name].write(0, content(name, MEMFD_PAGES * page_size))
     start, size = kernel.reserve_mem.find_by_name(REGION) or (0, 0)
-    kernel.ram.write(start, content(REGION, size), kernel.by(REGION))
+    if size:
+        kernel.ram.write(start, content(REGION, size), kernel.by(REGION))
     for pfn, nr_pages in between:
         kernel.pages.free_range(pfn, pfn + nr_pages)
     return held
@@ -301,7 +235,7 @@ def take_over(
 ) -> dict[str, Any]:
     """Restore what is there of ``names`` and write its fates into ``leg``; what is held now."""
     told = read_told(kernel)
-    use_memory(kernel, blocks)
+    use_memory(kernel, blocks | told_blocks(kernel, told))
     held: dict[str, Any] = {}
     for name in names:
         thing, fate = _take(kernel, name, told)
@@ -327,25 +261,40 @@ def read_told(kernel: Kernel) -> dict[str, Any]:
     return told
 
 
+def told_blocks(kernel: Kernel, told: dict[str, Any]) -> set[tuple[int, int]]:
+    """``(address, order)`` of what the predecessor told of, whether or not its map has it."""
+    page_size = kernel.arch.page_size
+    start, size = kernel.reserve_mem.find_by_name(REGION) or (0, 0)
+    blocks = {(phys, 0) for phys in range(start, start + size, page_size)}
+    blocks |= {(phys, order) for name, (order, _) in FOLIOS.items() for phys in told.get(name, ())}
+    if "range" in told:
+        blocks |= {(told["range"] + n * page_size, 0) for n in range(RANGE_PAGES)}
+    return blocks
+
+
 def use_memory(kernel: Kernel, blocks: set[tuple[int, int]]) -> None:
     """Allocate nearly all free memory, as a kernel does that runs for a while, and write to it.
 
     Only where ``blocks`` are: elsewhere nobody could see the difference.
     """
     page_size = kernel.arch.page_size
-    batches = []
-    while True:
-        try:
-            batches.append(kernel.alloc_folios(BATCH_PAGES, owner="successor"))
-        except KernelError:
-            break
+    taken: list[list[tuple[int, int]]] = []
+    for order in (kernel.arch.max_page_order, 0):
+        while True:
+            try:
+                runs = kernel.alloc_folios(max(1, BATCH_PAGES >> order), order, owner="successor")
+            except KernelError:
+                break
+            taken.append([(pfn, count << order) for pfn, count in runs])
     for phys, order in sorted(blocks):
         for pfn in range(phys // page_size, phys // page_size + (1 << order)):
             if kernel.page(pfn).owner == "successor":
                 kernel.ram.write(pfn * page_size, b"\xee" * page_size, kernel.by("successor"))
-    for batch in batches[-2:]:
-        for pfn, count in batch:
-            kernel.pages.free_range(pfn, pfn + count)
+    left = SPARE_BYTES // page_size
+    for pfn, nr_pages in (run for runs in reversed(taken) for run in runs):
+        if left > 0:
+            kernel.pages.free_range(pfn, pfn + nr_pages)
+            left -= nr_pages
 
 
 def _take(kernel: Kernel, name: str, told: dict[str, Any]) -> tuple[Any, str]:
