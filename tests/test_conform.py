@@ -19,6 +19,7 @@ import pytest
 from khosim.cli.main import main
 from khosim.conform.conform import Report, conform_capture
 from khosim.conform.items import Item
+from khosim.conform.told_twice import string_get_size
 
 GOLDEN = Path(__file__).parent / "golden"
 CAPTURES = GOLDEN / "captures"
@@ -200,8 +201,22 @@ TEXT_EDITS = [
     ("uma1g", "gen1/meminfo", "MemTotal:         945820", "MemTotal:         945824", "gen1",
      "meminfo"),
     ("uma1g", "gen1/buddyinfo", "219", "519", "gen1", "buddyinfo"),
+    ("uma1g", "gen0/dmesg", "[mem 0x000000000009fc00-0x000000000009ffff]",
+     "[mem 0x000000000009f400-0x000000000009ffff]", "gen0", "memory map"),
+    ("fixed2g", "gen1/dmesg", "[mem 0x00000000fffc0000-0x00000000ffffffff]",
+     "[mem 0x00000000fff80000-0x00000000ffffffff]", "gen1", "memory map"),
+    ("fixed2g", "gen2/iomem", "fd00000000-ffffffffff", "fd00000000-fdffffffff", "gen2",
+     "memory map"),
+    ("uma1g", "gen2/cmdline", "reserve_mem=2M", "reserve_mem=3M", "gen2", "cmdline"),
+    ("uma1g", "gen2/cmdline", "quiet", "qui\u00e9t", "gen2", "cmdline"),
+    ("arm64-16k", "gen1/memblock/reserve_mem_param", "2.00 MiB", "2.50 MiB", "gen1",
+     "memblock/reserve_mem_param"),
+    ("arm64-16k", "gen2/memblock/reserve_mem_param", "oops", "ops", "gen2",
+     "memblock/reserve_mem_param"),
     ("uma1g", "gen0/kho/out/scratch_phys", "0x", "0x1", "gen0", "scratch"),
     ("uma1g", "gen1/kho/out/scratch_len", "0xe400000", "0xe800000", "gen1", "scratch"),
+    ("uma1g", "gen1/kho/out/scratch_len", "0xe400000", "1xe400000", "gen1", "scratch"),
+    ("uma1g", "gen0/kho/out/scratch_phys", "\n", " 0x\n", "gen0", "scratch"),
     ("arm64-16k", "gen1/memblock/reserved", "0x00000000405b4000", "0x00000000405b0000", "gen1",
      "memblock arrays"),
     ("arm64-16k", "gen2/memblock/memory", "KHO_SCRATCH", "MIRROR", "gen2", "memblock arrays"),
@@ -234,7 +249,10 @@ BYTE_EDITS = [
     ("uma1g", "gen2/kho/in/sub_fdts/kexec-metadata", 4, "gen2", "in/kexec-metadata"),
     ("uma1g", "gen0/kho/out/sub_fdts/memblock", 0x90, "gen0", "out/memblock"),
     ("uma1g", "gen0/kho/out/sub_fdts/LUO", 8, "gen0", "out/LUO"),
+    ("uma1g", "gen1/kho/in/sub_fdts/LUO", 0, "gen1", "in/LUO"),
     ("uma1g", "gen2/kho/out/sub_fdts/LUO", 8, "gen2", "out/LUO"),
+    ("arm64-16k", "gen2/kho/out/sub_fdts/LUO", 16, "gen2", "out/LUO"),
+    ("arm64-16k", "gen2/kho/out/sub_fdts/LUO", 29, "gen2", "out/LUO"),
     ("uma1g", "gen2/kho/out/sub_fdts/memblock", 0x90, "gen2", "out/memblock"),
     ("uma1g", "gen2/kho/out/sub_fdts/kexec-metadata", 69, "gen2", "out/kexec-metadata"),
     ("uma1g", "gen2/kho/out/sub_fdts/kho_test", 0x30, "gen2", "out/kho_test"),
@@ -250,6 +268,82 @@ def test_one_altered_byte_is_one_item(
     folder = _copy(tmp_path, name)
     _flip(folder / file, at)
     assert _wrong(conform_capture(folder)) == {(generation, item)}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "generation", "item"),
+    [
+        ("gen0/kho/out/finalize", "1", "0", "gen0", "out/finalize"),
+        ("gen2/kho/out/finalize", "0", "1", "gen2", "out/finalize"),
+        ("gen2/kho/out/finalize", "0", "?", "gen2", "out/finalize"),
+        ("gen1/dmesg.end", "Linux version", "Linux Version", "gen1", "dmesg.end"),
+        ("gen0/dmesg", "i8042: PNP", "i8042: NPN", "gen0", "dmesg.end"),
+    ],
+)
+def test_one_altered_file_of_an_older_kernel_is_one_item(
+    tmp_path: Path, file: str, old: str, new: str, generation: str, item: str
+) -> None:
+    """The files that only captures of kho-v1 have are judged as well."""
+    folder = tmp_path / "uma1g-v1"
+    shutil.copytree(GOLDEN / "kho-v1" / "uma1g-v1", folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    for generation_folder in (folder / "gen0", folder / "gen1"):
+        log = (generation_folder / "dmesg").read_text()
+        (generation_folder / "dmesg.end").write_text(f"{log}kexec_core: Starting new kernel\n")
+    assert _wrong(conform_capture(folder)) == set()
+    _replace(folder / file, old, new)
+    assert _wrong(conform_capture(folder)) == {(generation, item)}
+
+
+@pytest.mark.parametrize("file", ["fdt", "sub_fdts/memblock"])
+def test_what_was_finalized_is_held_without_pages(tmp_path: Path, file: str) -> None:
+    """Where no page was captured, what the predecessor showed stands for what it handed over."""
+    folder = tmp_path / "uma1g-v1"
+    shutil.copytree(GOLDEN / "kho-v1" / "uma1g-v1", folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    for name in ("handover.json", "ram.npz"):
+        (folder / "gen1" / name).unlink()
+    item = f"in/{Path(file).name}"
+    assert _items(conform_capture(folder), "gen2")[item].ok is True
+    _flip(folder / "gen2/kho/in" / file, 0x40)
+    assert _wrong(conform_capture(folder)) == {("gen2", item)}
+
+
+def test_a_map_that_makes_no_sense_is_told(tmp_path: Path) -> None:
+    """Two entries of the firmware's map that overlap: nothing is judged in silence."""
+    folder = _copy(tmp_path, "uma1g", 2)
+    _replace(folder / "gen0/dmesg", "[mem 0x000000003ffe0000-", "[mem 0x000000000ffe0000-")
+    assert ("gen0", "memory map") in _wrong(conform_capture(folder))
+
+
+def test_a_log_may_have_lost_its_beginning(tmp_path: Path) -> None:
+    """The later log of a small buffer is not compared line by line."""
+    folder = _copy(tmp_path, "uma1g", 2)
+    lines = (folder / "gen0/dmesg").read_text().splitlines(keepends=True)
+    (folder / "gen0/dmesg.end").write_text("".join(lines[40:]))
+    item = _items(conform_capture(folder), "gen0")["dmesg.end"]
+    assert (item.ok, item.note) == (None, "its beginning is lost")
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (10_239, "10.00 KiB"),
+        (64 << 10, "64.0 KiB"),
+        (999 << 10, "999 KiB"),
+        ((1 << 20) - 1, "1024 KiB"),
+        (5 << 30, "5.00 GiB"),
+        (1_111_857_305_101, "1.01 TiB"),
+    ],
+)
+def test_sizes_are_said_as_the_kernel_says_them(size: int, said: str) -> None:
+    """string_get_size, with its odd extra figure where rounding carries into the tens."""
+    assert string_get_size(size) == said
 
 
 def test_an_altered_preserved_block_is_one_item(tmp_path: Path) -> None:

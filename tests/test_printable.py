@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from khosim.abi import fdt
 from khosim.cli.main import main
 from khosim.cli.printable import printable
 
+GOLDEN = Path(__file__).parent / "golden" / "captures"
 HOSTILE = b"\x1b[2J\x1b]0;x\x07\x9b1m"
 
 
@@ -99,3 +101,20 @@ def test_an_error_with_hostile_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     """The one line on stderr as well."""
     assert main(["run", str(tmp_path / "\x1b[2J")]) == 2
     assert "\\x1b[2J" in capsys.readouterr().err
+
+
+def test_a_capture_of_hostile_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What logs and debugfs files of a capture say is shown by every command that reads it."""
+    folder = tmp_path / "capture"
+    shutil.copytree(GOLDEN / "uma1g", folder)
+    log = folder / "gen0/dmesg"
+    hostile = HOSTILE.decode("latin-1")
+    log.write_text(log.read_text().replace("quiet", f"{hostile} quiet"), encoding="utf-8")
+    (folder / "gen0/cmdline").write_text(hostile, encoding="utf-8")
+    path = folder / "capture.json"
+    path.write_text(path.read_text().replace("7.3.4", "7.3.4\\u001b[2J"))
+    for command in ("conform", "replay"):
+        main([command, str(folder)])
+        out = capsys.readouterr().out
+        assert len(out) > 100
+        assert all(line.isprintable() for line in out.splitlines()), command

@@ -564,3 +564,12 @@ def test_a_kernel_without_nodes_has_all_on_node_0() -> None:
     assert not replay.facts.numa
     memblock = replay.memblock
     assert set(memblock.memory.nid) | set(memblock.reserved.nid) == {0}
+
+
+def test_dumps_without_calls_are_no_log_to_replay() -> None:
+    """A log that lost every line of a memblock call, and kept memblock's tables, is refused."""
+    lines = _dmesg("uma1g", "gen0").splitlines()
+    text = "\n".join(line for line in lines if "memblock" not in line)
+    assert "MEMBLOCK configuration:" in text
+    with pytest.raises(InputError, match="no memblock lines"):
+        replay_dmesg(text)

@@ -41,13 +41,16 @@ def find_debugfs(path: Path) -> dict[str, Path]:
     return {path.name if path.name in SIDES else "in": path} if _is_side(path) else {}
 
 
-def read_debugfs(path: str | Path) -> dict[str, DebugfsSide]:
-    """Read the sides under ``path``; :class:`InputError` where there are none, or for a file."""
+def read_debugfs(path: str | Path, *, scratch: bool = True) -> dict[str, DebugfsSide]:
+    """Read the sides under ``path``; :class:`InputError` where there are none, or for a file.
+
+    Without ``scratch`` the lists of scratch areas are left alone, damaged or not.
+    """
     try:
         sides = find_debugfs(Path(path))
         if not sides:
             raise InputError(str(path), "no debugfs folder: neither in/ nor out/ with fdt or blobs")
-        return {name: _read_side(folder) for name, folder in sides.items()}
+        return {name: _read_side(folder, scratch) for name, folder in sides.items()}
     except OSError as error:
         place = str(path) if error.filename is None else str(error.filename)
         raise InputError(place, error.strerror or str(error)) from None
@@ -57,14 +60,15 @@ def _is_side(folder: Path) -> bool:
     return (folder / "fdt").is_file() or (folder / "sub_fdts").is_dir()
 
 
-def _read_side(folder: Path) -> DebugfsSide:
+def _read_side(folder: Path, scratch: bool) -> DebugfsSide:
     blobs = {}
     names = folder / "sub_fdts"
     if names.is_dir():
         for file in sorted(names.iterdir()):
             blobs[file.name] = _read(file)
     fdt = folder / "fdt"
-    return DebugfsSide(folder, _read(fdt) if fdt.exists() else None, blobs, _scratch(folder))
+    root = _read(fdt) if fdt.exists() else None
+    return DebugfsSide(folder, root, blobs, _scratch(folder) if scratch else None)
 
 
 def _read(path: Path) -> bytes:

@@ -11,6 +11,8 @@ import json
 import textwrap
 from typing import TYPE_CHECKING
 
+from khosim.cli.printable import printable
+
 if TYPE_CHECKING:
     from khosim.conform.conform import Report
     from khosim.conform.items import Item
@@ -44,12 +46,13 @@ def run(args: argparse.Namespace) -> int:
 def _show(report: Report) -> None:
     capture = report.capture
     kib = capture.page_size >> 10
-    print(f"{capture.name}: Linux {capture.release}, {capture.arch}, {kib} KiB pages")
+    head = f"{capture.name}: Linux {capture.release}, {capture.arch}, {kib} KiB pages"
+    print(printable(head))
     for name, items in report.generations.items():
-        print(f"\n{name}")
+        print(f"\n{printable(name)}")
         for item in items:
             for line in _lines(item):
-                print(line.rstrip())
+                print(printable(line.rstrip()))
     items = [item for items in report.generations.values() for item in items]
     counts = {mark: sum(item.ok is ok for item in items) for ok, mark in _MARKS.items()}
     print(f"\n{counts['ok']} items the same, {counts['DIFFERS']} differ, {counts['?']} not told")
@@ -61,14 +64,10 @@ def _lines(item: Item) -> list[str]:
     for difference in item.differences:
         indent = " " * 12
         lines += textwrap.wrap(
-            _plain(difference),
+            difference,
             _WIDTH,
             initial_indent=indent,
             subsequent_indent=indent + "  ",
             break_on_hyphens=False,
         )
     return lines
-
-
-def _plain(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)

@@ -11,6 +11,7 @@ import json
 import textwrap
 from typing import TYPE_CHECKING
 
+from khosim.cli.printable import printable
 from khosim.errors import InputError
 from khosim.units import format_size, parse_size
 
@@ -194,4 +195,5 @@ def _told(driver: Driver) -> str:
 
 
 def _say(text: str) -> None:
-    print(textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    wrapped = textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    print(printable(wrapped))

@@ -52,11 +52,12 @@ def _show(replays: list[Replay]) -> None:
     for one in replays:
         preserved = f"{one.preserved} of {one.nr_preserved}" if one.nr_preserved else "-"
         print(
-            f"{one.name:<12} {one.allocations:>11} {one.same:>7} {len(one.differences):>9}"
-            f" {preserved:>13}"
+            f"{printable(one.name):<12} {one.allocations:>11} {one.same:>7}"
+            f" {len(one.differences):>9} {preserved:>13}"
         )
     for one in replays:
-        print(f"\n{one.name}: scratch {'taken over' if one.facts.kho_boot else 'reserved'}")
+        done = "taken over" if one.facts.kho_boot else "reserved"
+        print(f"\n{printable(one.name)}: scratch {done}")
         for base, size in one.scratch:
             print(f"  [{base:#014x}-{base + size:#014x})  {size >> 10:>9} KiB")
         if not one.scratch:

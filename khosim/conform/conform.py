@@ -20,6 +20,7 @@ from khosim.conform.items import Item
 from khosim.conform.log_items import log_items
 from khosim.conform.machine_items import files_item, machine_items
 from khosim.conform.successor_items import predecessor_items, successor_items
+from khosim.conform.told_twice import told_twice_items
 from khosim.kernel.arch import find_arch
 
 __all__ = ("Report", "conform_capture")
@@ -71,6 +72,7 @@ def conform_capture(path: str | Path) -> Report:
         items += handover_items(held, arch)
         items += debugfs_items(generation, before, held)
         items += machine_items(capture, generation, replay, before)
+        items += told_twice_items(capture, generation)
         if before is None:
             items += predecessor_items(capture, generation)
         else:

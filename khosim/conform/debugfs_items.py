@@ -21,6 +21,7 @@ from khosim.conform.held import Held
 from khosim.conform.items import Item, unknown
 from khosim.conform.rebuild_fdt import first_difference, rebuild_tree
 from khosim.errors import InputError
+from khosim.machine.memory_map import RAM
 
 __all__ = ("debugfs_items",)
 
@@ -36,7 +37,7 @@ def debugfs_items(
         yield unknown("debugfs", "not captured")
         return
     try:
-        sides = read_debugfs(generation.path)
+        sides = read_debugfs(generation.path, scratch=False)  # an item of its own
     except InputError as error:
         yield Item("debugfs", False, 0, 1, (str(error),))
         return
@@ -57,6 +58,8 @@ def debugfs_items(
         yield unknown("debugfs out", f"the handover is not this kernel's, but {writer}'s")
     else:
         yield from _outgoing(side, generation, before, held)
+    if generation.has("kho/out/finalize"):
+        yield _finalize(generation, held)
 
 
 def _other_writer(generation: CapturedGeneration, held: Held) -> str:
@@ -77,7 +80,7 @@ def _other_writer(generation: CapturedGeneration, held: Held) -> str:
 def _incoming(side: DebugfsSide, before: Held) -> Iterator[Item]:
     handover = before.handover
     if handover is None:
-        yield unknown("debugfs in", f"the predecessor's pages: {before.why}")
+        yield from _as_finalized(side, before)
         return
     needs = ("-1/handover",)
     if side.fdt is None:
@@ -91,10 +94,27 @@ def _incoming(side: DebugfsSide, before: Held) -> Iterator[Item]:
             yield Item(item, False, 0, 1, ("no such file",), needs=needs)
         elif blob is None:
             yield Item(item, False, 0, 1, ("no subtree of that name",), needs=needs)
-        elif name == _LUO and not shown.startswith(b"luo-v"):
+        elif name == _LUO and _is_reused(shown, blob):
             yield unknown(item, "given back by its owner, and somebody else's now")
         else:
             yield _same(item, shown, blob, needs)
+
+
+def _as_finalized(side: DebugfsSide, before: Held) -> Iterator[Item]:
+    """Without pages: what a predecessor showed after it had finalized, which is final."""
+    generation = before.generation
+    files = [("fdt", side.fdt), *((f"sub_fdts/{name}", blob) for name, blob in side.blobs.items())]
+    shown = [(name, blob) for name, blob in files if blob and generation.has(f"kho/out/{name}")]
+    finalized = "kho/out/finalize"
+    is_final = generation.has(finalized) and generation.text_of(finalized)[:1] == "1"
+    is_before = side.path.parent.parent != generation.path
+    if not (is_before and is_final and shown):
+        yield unknown("debugfs in", f"the predecessor's pages: {before.why}")
+        return
+    for name, blob in shown:
+        item = name.removeprefix("sub_fdts/")
+        own = generation.bytes_of(f"kho/out/{name}")
+        yield _same(f"in/{item}", blob or b"", own, (f"-1/out/{item}",))
 
 
 def _outgoing(
@@ -108,7 +128,7 @@ def _outgoing(
         if shown is None:
             yield Item(item, False, 0, 1, ("no such file",), needs=("handover",))
         elif name == _LUO:
-            yield _luo(item, shown, blob, before)
+            yield _luo(item, shown, blob, before, generation)
         elif blob is not None:
             yield _same(item, shown, blob, ("handover",))
         elif name == KHO_METADATA_NODE_NAME:
@@ -121,6 +141,21 @@ def _outgoing(
             yield Item.counted(item, not found, 1, found, note=tree.way)
         else:
             yield unknown(item, f"{len(shown)} bytes, and no handover to compare them with")
+
+
+def _is_reused(shown: bytes, blob: bytes) -> bool:
+    """Whether a freed page holds other things by now; one odd byte does not make it another's."""
+    differing = sum(left != right for left, right in zip(shown, blob, strict=False))
+    return not shown.startswith(b"luo-v") and differing > 1
+
+
+def _finalize(generation: CapturedGeneration, held: Held) -> Item:
+    """Whether user space had finalized, which shows the subtrees and lets the kernel hand over."""
+    item = "out/finalize"
+    shown = generation.text_of("kho/out/finalize").rstrip("\n")
+    done = held.handover is not None or generation.has("kho/out/sub_fdts")
+    found = [] if shown == str(int(done)) else [f"{shown!r}, not {int(done)}"]
+    return Item.counted(item, not found, 1, found)
 
 
 def _out_fdt(side: DebugfsSide, before: Held | None, held: Held) -> Item:
@@ -136,12 +171,21 @@ def _out_fdt(side: DebugfsSide, before: Held | None, held: Held) -> Item:
     if whole is not None:
         note = f"cut to {len(shown)} of {len(whole)} bytes" if len(shown) < len(whole) else ""
         return _same("out/fdt", shown, whole[: len(shown)], ("handover",), note)
-    parsed = parse_fdt(shown)
-    found = [one.detail for one in parsed.problems[:1]]
+    if is_v1:
+        tree = rebuild_tree(shown)
+        found = [tree.difference] if tree.difference else []
+        return Item.counted("out/fdt", not found, 1, found, note=tree.way)
+    found = [one.detail for one in parse_fdt(shown).problems[:1]]
     return Item.counted("out/fdt", not found, 1, found, note="a sound tree")
 
 
-def _luo(item: str, shown: bytes, blob: bytes | None, before: Held | None) -> Item:
+def _luo(
+    item: str,
+    shown: bytes,
+    blob: bytes | None,
+    before: Held | None,
+    generation: CapturedGeneration,
+) -> Item:
     if shown.startswith(FDT_MAGIC):
         tree = rebuild_tree(shown)
         found = [tree.difference] if tree.difference else []
@@ -167,7 +211,20 @@ def _luo(item: str, shown: bytes, blob: bytes | None, before: Held | None) -> It
             differences.append(f"liveupdate_num: {ser.liveupdate_num}, not {number}")
         if not ser.compatible.startswith("luo-v"):
             differences.append(f"compatible: {ser.compatible!r}")
+        for field in ("sessions_pa", "flbs_pa"):
+            phys = getattr(ser, field)
+            if phys and not _is_page_of_ram(phys, generation):
+                differences.append(f"{field}: {phys:#x} is no page of RAM")
     return Item.counted(item, not differences, 1, differences, needs=("handover", "-1/handover"))
+
+
+def _is_page_of_ram(phys: int, generation: CapturedGeneration) -> bool:
+    try:
+        entries = generation.boot_log.memory_map.entries
+    except InputError:
+        return True  # nothing to compare it with
+    in_ram = any(one.type == RAM and one.start <= phys < one.end for one in entries)
+    return in_ram and not phys % generation.page_size
 
 
 def _metadata(

@@ -234,7 +234,6 @@ def parse_calls(text: str, *, place: str = "dmesg") -> list[Event]:
         if dump is not None and dump.take(number, line):
             continue
         if _DUMP in line:
-            memblock = True
             dump = _DumpLines(number, len(events))
             events.append(Note(number, "dump", ()))
             dump.events = events

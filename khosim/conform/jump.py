@@ -195,7 +195,7 @@ def _load(
         for low, high, kind in hardware.memory_map.entries
     ]
     kernel.kho_enable = True
-    _mark_finalized(kernel.kho_out)
+    kernel.kho_out.finalized = bool(image.config.release.finalize)
     kernel.kho_out.fdt_phys = handover.fdt_phys
     kernel.kho_scratch_phys, kernel.kho_scratch_cnt = start, len(areas)
     array = b"".join(_ENTRY.pack(*area) for area in areas)
@@ -217,13 +217,6 @@ def _load(
         hardware.rollback(snapshot)
         hardware.discard(snapshot)
     return kimage
-
-
-def _mark_finalized(kho_out: object) -> None:
-    # Of the releases that had to be finalized before a load, the captured kernel was.
-    for name in ("finalized",):
-        if hasattr(kho_out, name):
-            setattr(kho_out, name, True)
 
 
 def _device_tree(jump: Jump, hardware: Hardware, room: int) -> bytes:

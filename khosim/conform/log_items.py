@@ -90,7 +90,7 @@ def log_items(
             generation,
             root_fdt=root_fdt,
             areas=areas,
-            compare_areas=all(generation.has(name) for name in _AREAS),
+            compare_areas=_areas_are_told(generation),
         )
     except InputError as error:
         items.append(Item(_REPLAY, False, 0, 1, (str(error),), needs=("-1/handover",)))
@@ -116,6 +116,19 @@ def _preserved(
     places = [f"line {line}" for line in numbers]
     item = in_order(_PRESERVED, real, own, places, needs=("-1/handover",))
     return item, numbers
+
+
+def _areas_are_told(generation: CapturedGeneration) -> bool:
+    return all(generation.has(name) for name in _AREAS) and not _why_unread(generation)
+
+
+def _why_unread(generation: CapturedGeneration) -> str:
+    """What is wrong with the files of the scratch areas; empty for nothing."""
+    try:
+        _ = generation.scratch_areas
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _replayed(
@@ -144,6 +157,8 @@ def _replayed(
     elif missing:
         differences = [f"{generation.name}/{name}: no such file" for name in missing]
         yield Item(_SCRATCH, False, 0, 1, tuple(differences))
+    elif not _areas_are_told(generation):
+        yield Item(_SCRATCH, False, 0, 1, (_why_unread(generation),))
     else:
         nr_areas = len(generation.scratch_areas)
         yield Item.counted(

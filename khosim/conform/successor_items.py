@@ -97,7 +97,7 @@ def successor_items(capture: Capture, before: Held, after: CapturedGeneration) -
     yield _folios(kernel, before)
 
 
-_NEEDS = ("-1/handover", "-1/scratch", "preserved", "messages", "scratch", "replay")
+_NEEDS = ("-1/handover", "-1/scratch", "preserved", "messages", "scratch", "replay", "cmdline")
 _SHOWN_NEEDS = (*_NEEDS, f"out/{KHO_METADATA_NODE_NAME}")
 
 
@@ -352,8 +352,7 @@ def _hand_over(
         raise
     except KhoSimError:
         has_blob = False
-    if hasattr(kernel, "finalize"):
-        kernel.finalize()
+    kernel.finalize()
     kimage = kernel.kexec_file_load(image, initrd_bytes=initrd, cmdline=cmdline)
     kernel.kernel_kexec(kimage)
     return held, has_blob

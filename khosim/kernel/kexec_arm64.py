@@ -155,7 +155,7 @@ def _edit_chosen(
         error = _describe_crash(kernel, kimage, tree, chosen)
     error = error or _kho_add_chosen(kernel, kimage, tree, chosen)
     if not error and cmdline:
-        text = cmdline.encode("ascii") + b"\0"
+        text = cmdline.encode("utf-8", "surrogateescape") + b"\0"
         error = fdt.fdt_setprop(tree, chosen, "bootargs", text)
     elif not error:
         error = _delprop(tree, chosen, "bootargs")

@@ -62,7 +62,7 @@ def load_bzimage(
     symbol = "bzImage64_load"
     if len(image) < header.setup_bytes:
         raise KernelError(errno.ENOEXEC, symbol, "bzImage truncated")
-    command = cmdline.encode("ascii") + b"\0" if cmdline else b""
+    command = cmdline.encode("utf-8", "surrogateescape") + b"\0" if cmdline else b""
     if len(command) > header.cmdline_size:
         raise KernelError(errno.EINVAL, symbol, "kernel command line too long")
     if len(command) + _MAX_ELFCOREHDR_STR_LEN > header.cmdline_size:
