@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from textwrap import wrap
 
-from khosim.scenario.facts import GenerationFacts, StepRecord
+from khosim.scenario.facts import GenerationFacts, SessionFact, StepRecord
 from khosim.scenario.fields import count_text, size_text
 from khosim.scenario.model import Scenario
 from khosim.scenario.result import Result
@@ -37,7 +37,17 @@ _DONE = {
     "check": "intact",
     "preserve_at": "preserved",
     "corrupt": "corrupted",
+    "guest": "started",
+    "device": "opened",
+    "stop": "stopped",
+    "preserve_fd": "preserved",
+    "retrieve": "retrieved",
+    "finish": "finished",
+    "close": "closed",
+    "kill": "killed",
 }
+_SESSION_STEPS = ("retrieve", "finish", "close")
+_TELL_ORDERS = ("session", "preserve_fd", "retrieve")
 
 
 def heading(scenario: Scenario) -> list[str]:
@@ -139,11 +149,22 @@ def _step(step: StepRecord) -> list[str]:
     parts = [_named(step), blocks, size, step.note]
     if not blocks:
         parts = [_named(step), step.note, size]
-    return _row(what, ", ".join(filter(None, parts)))
+    lines = _row(what, ", ".join(filter(None, parts)))
+    if step.by_order and step.do in _TELL_ORDERS:
+        lines += _row("", f"folios {_orders(step.by_order)}")
+    return lines
 
 
 def _named(step: StepRecord) -> str:
-    return "everything" if step.name == "*" else step.name
+    if step.name != "*":
+        return step.name
+    if step.do in _SESSION_STEPS:
+        return "" if step.unit == "session" else "every session"
+    return "every guest" if step.unit == "page" else "everything"
+
+
+def _orders(by_order: dict[str, int]) -> str:
+    return "by order: " + ", ".join(f"{order}: {count:,}" for order, count in by_order.items())
 
 
 def _preserved(facts: GenerationFacts) -> list[str]:
@@ -154,10 +175,17 @@ def _preserved(facts: GenerationFacts) -> list[str]:
     blocks, size = count_text(preserved.blocks, "block"), size_text(preserved.len_bytes)
     tables = count_text(preserved.table_pages, "table page")
     lines = _row(label, f"{blocks}, {size}, in a tree of {tables}")
-    lines += _row("", "by order: " + ", ".join(
-        f"{order}: {count:,}" for order, count in preserved.by_order.items()
-    ))
-    return lines + _row("", "subtrees: " + ", ".join(facts.subtrees))
+    lines += _row("", _orders(preserved.by_order))
+    lines += _row("", "subtrees: " + ", ".join(facts.subtrees))
+    return lines + list(_rows("sessions", map(_session, facts.sessions)))
+
+
+def _session(session: SessionFact) -> str:
+    files = (
+        f"{name or 'a file'} ({session.handlers[token]}) under token {token}"
+        for token, name in session.files.items()
+    )
+    return f"{session.name}: {', '.join(files) or 'no files'}"
 
 
 def _end(facts: GenerationFacts) -> list[str]:

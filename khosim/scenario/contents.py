@@ -13,7 +13,15 @@ import numpy.typing as npt
 
 from khosim.machine.ram import By, Ram
 
-__all__ = ("FILLS", "content_pages", "damaged_pages", "first_keys", "next_keys", "write_pages")
+__all__ = (
+    "FILLS",
+    "content_pages",
+    "damaged_pages",
+    "first_keys",
+    "next_keys",
+    "page_contents",
+    "write_pages",
+)
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
@@ -67,6 +75,11 @@ def _content(pattern: U64, keys: U64) -> U64:
     words: U64 = pattern ^ keys[:, None]
     words *= _ODD
     return words
+
+
+def page_contents(page_size: int, keys: U64) -> U64:
+    """The content of each key: a row of ``page_size`` bytes, as u64."""
+    return _content(_pattern(page_size), keys)
 
 
 def write_pages(ram: Ram, pfns: I64, keys: U64, by: By) -> None:

@@ -7,7 +7,7 @@ preserve. Sizes are bytes, addresses physical.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from khosim.errors import KernelPanic, RamFault
@@ -21,10 +21,13 @@ __all__ = (
     "PreservedFacts",
     "ScratchFact",
     "SegmentFact",
+    "SessionFact",
     "StepRecord",
+    "orders_of",
     "preserved_facts",
     "scratch_facts",
     "segment_facts",
+    "session_facts",
     "struct_page_bytes",
 )
 
@@ -77,6 +80,16 @@ class StepRecord:
     outcome: str
     expect: str
     note: str
+    by_order: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionFact:
+    """A session for the successor: the names of its files by token, and what carries each."""
+
+    name: str
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    handlers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(slots=True)
@@ -99,6 +112,9 @@ class GenerationFacts:
     steps: list[StepRecord] = dataclasses.field(default_factory=list)
     preserved: PreservedFacts = dataclasses.field(default_factory=PreservedFacts)
     subtrees: list[str] = dataclasses.field(default_factory=list)
+    liveupdate: int = -1
+    """How many live updates came before this kernel; -1 where live update is off."""
+    sessions: list[SessionFact] = dataclasses.field(default_factory=list)
     segments: list[SegmentFact] = dataclasses.field(default_factory=list)
     end: str = ""
     """How it ended: "running", "kexec", "crash", "load refused" or "panic"."""
@@ -174,6 +190,31 @@ def preserved_facts(kernel: Kernel) -> PreservedFacts:
         {str(order): counts[order] for order in sorted(counts)},
         tables,
     )
+
+
+def orders_of(rows: Iterable[tuple[int, int, int, int]]) -> dict[str, int]:
+    """Folios by order, from rows of (page, pfn, order, number)."""
+    counts: dict[int, int] = {}
+    for _, _, order, number in rows:
+        counts[order] = counts.get(order, 0) + number
+    return {str(order): counts[order] for order in sorted(counts)}
+
+
+def session_facts(kernel: Kernel, names: Mapping[int, str]) -> list[SessionFact]:
+    """The sessions that the kernel holds for its successor; ``names`` are by ``id`` of the file."""
+    if not kernel.liveupdate.enabled:
+        return []
+    found = []
+    for session in kernel.liveupdate.sessions.outgoing.sessions.values():
+        files = session.file_set.files
+        found.append(
+            SessionFact(
+                session.name,
+                {f"{file.token:#x}": names.get(id(file.file), "") for file in files},
+                {f"{file.token:#x}": file.handler.compatible for file in files},
+            )
+        )
+    return found
 
 
 def segment_facts(kernel: Kernel, scratch: Iterable[ScratchFact]) -> list[SegmentFact]:

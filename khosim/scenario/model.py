@@ -21,6 +21,7 @@ __all__ = (
     "MAX_CONTENT_BYTES",
     "MAX_FOLIOS",
     "MAX_GENERATIONS",
+    "MAX_GUEST_FOLIOS",
     "MAX_STEPS",
     "OUTCOMES",
     "PANIC",
@@ -39,6 +40,8 @@ MAX_STEPS = 1000
 """Steps in one generation's table."""
 MAX_FOLIOS = 1_000_000
 """Folios that all generations together may allocate."""
+MAX_GUEST_FOLIOS = 1 << 24
+"""Folios of all guests together: each takes a record of 16 bytes at every handover."""
 MAX_CONTENT_BYTES = 4 << 30
 """Content that all generations together may write with new folios and pages."""
 
@@ -56,6 +59,8 @@ class StepFact:
     note: str = ""
     unit: str = "block"
     """What the blocks are, in the singular."""
+    by_order: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Folios by order, where that is worth telling."""
 
 
 class Step(Protocol):
@@ -100,7 +105,12 @@ class Limits:
     """How often the table at hand is carried out."""
     names: set[str] = dataclasses.field(default_factory=set)
     """Groups that earlier steps made."""
+    files: set[str] = dataclasses.field(default_factory=set)
+    """Guests and devices that earlier steps start."""
+    sessions: set[str] = dataclasses.field(default_factory=set)
+    """Sessions that earlier steps make."""
     folios_left: int = MAX_FOLIOS
+    guest_folios_left: int = MAX_GUEST_FOLIOS
     content_left: int = MAX_CONTENT_BYTES
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from khosim.scenario.fields import Table, did_you_mean
+from khosim.scenario.files import Guest
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
@@ -28,7 +29,7 @@ PLACES = (
     "boot parameters",
     "device tree",
 )
-"""Names of places; besides them groups, ``index NAME`` and ``region NAME``."""
+"""Names of places; besides them groups, guests, ``index NAME`` and ``region NAME``."""
 
 RESERVED_NAMES = frozenset(PLACES)
 _SEGMENTS = {
@@ -48,13 +49,14 @@ def place_field(table: Table, limits: Limits) -> int | str:
     if not isinstance(value, str):
         raise table.error("at: a physical address or the name of a place is missing")
     kind, _, name = value.partition(" ")
-    if value in PLACES or value in limits.names or (kind == "region" and name):
+    names = limits.names | limits.files
+    if value in PLACES or value in names or (kind == "region" and name):
         return value
     if kind == "index" and name in limits.names:
         return value
     if value[:1].isdigit():
         return table.bytes_of("at", value, 0, (1 << 64) - 1)
-    known = (*PLACES, *sorted(limits.names))
+    known = (*PLACES, *sorted(names))
     raise table.error(f"at: {value!r} is no place{did_you_mean(value, known)}")
 
 
@@ -77,9 +79,25 @@ def resolve(player: Player, at: int | str, place: str, *, at_jump: bool = False)
         phys = parts[0][1] if parts else None
     elif at in player.groups and len(player.groups[at]):
         phys = int(player.groups[at].pfn[0]) << kernel.arch.page_shift
+    else:
+        phys = _of_guest(player, at, at_jump=at_jump)
     if not phys:
         raise player.error(place, f"there is no {at!r} in generation {kernel.generation}")
     return phys
+
+
+def _of_guest(player: Player, at: str, *, at_jump: bool) -> int | None:
+    # The first page with content of a guest, or its first folio.
+    guest = player.files.get(at)
+    if not isinstance(guest, Guest):
+        return None
+    if not at_jump:
+        guest.remember()
+    page = int(guest.pages[0]) if len(guest.pages) else 0
+    for index, pfn, order, count in guest.folios:
+        if index + (count << order) > page:
+            return pfn + max(0, page - index) << player.kernel.arch.page_shift
+    return None
 
 
 def _segment(kernel: Kernel, name: str) -> int | None:

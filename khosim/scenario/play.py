@@ -7,12 +7,13 @@ not have happened. Everything follows from the scenario: equal scenarios give eq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from khosim.errors import InputError, KernelError, KernelPanic, KhoSimError, RamFault
 from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.trace import Event
+from khosim.scenario.agent import Agent
 from khosim.scenario.contents import U64
 from khosim.scenario.facts import (
     GenerationFacts,
@@ -20,8 +21,10 @@ from khosim.scenario.facts import (
     preserved_facts,
     scratch_facts,
     segment_facts,
+    session_facts,
     struct_page_bytes,
 )
+from khosim.scenario.files import Carried
 from khosim.scenario.group import PRESERVED, Group
 from khosim.scenario.kho_user import publish, subtree_room
 from khosim.scenario.model import (
@@ -38,6 +41,7 @@ from khosim.scenario.model import (
 from khosim.scenario.result import Result
 from khosim.scenario.steps_base import ALL, Unexpected
 from khosim.scenario.steps_content import Corrupt
+from khosim.scenario.steps_guest import register_devices
 from khosim.simulator import Machine
 
 __all__ = ("Player", "play")
@@ -47,7 +51,10 @@ _SMALL_KERNEL, _SMALL_INITRD, _INITRD = 4 << 20, 1 << 20, 8 << 20
 
 
 class Player:
-    """Carries out one scenario; ``groups`` and ``region_keys`` are the outside observer's notes."""
+    """Carries out one scenario.
+
+    ``groups``, ``region_keys``, ``files`` and ``agent`` are the outside observer's notes.
+    """
 
     def __init__(
         self, scenario: Scenario, *, listener: Callable[[Event], None] | None = None
@@ -57,6 +64,8 @@ class Player:
         self.result = Result(scenario)
         self.groups: dict[str, Group] = {}
         self.region_keys: dict[str, U64] = {}
+        self.files: dict[str, Carried] = {}
+        self.agent = Agent()
         self.at_jump: list[Corrupt] = []
         self._serial = 0
         self._spec = scenario.kernel
@@ -86,6 +95,26 @@ class Player:
     def groups_named(self, name: str) -> list[Group]:
         """The group of a name, or every group."""
         return list(self.groups.values()) if name == ALL else [self.groups[name]]
+
+    def carried(self, name: str, place: str) -> list[Carried]:
+        """The guest or device of a name that runs here, or all; raises where there is none."""
+        running = [it for it in self.files.values() if it.process is not None]
+        found = running if name == ALL else [it for it in running if it.name == name]
+        if not found:
+            what = "no guest" if name == ALL else f"no {name!r}"
+            raise InputError(place, f"{what} runs in generation {self.kernel.generation}")
+        return found
+
+    def let_go(self, files: Iterable[Carried]) -> None:
+        """Sessions let go of some files: those that nobody else has open are gone."""
+        for carried in list(files):
+            if carried.process is None:
+                self.files.pop(carried.name, None)
+
+    def try_jump(self) -> None:
+        """Leave for a kernel like this one; raises what refuses it, and nothing has happened."""
+        self._load_and_jump(self._spec, crash=False)
+        self._kernel = None
 
     def error(self, place: str, cause: str) -> InputError:
         """The error for a step that cannot be carried out."""
@@ -135,6 +164,8 @@ class Player:
 
     def _begin(self, spec: KernelSpec, outcome: str) -> GenerationFacts:
         kernel = self.kernel
+        register_devices(kernel)
+        luo = kernel.liveupdate
         return GenerationFacts(
             generation=kernel.generation,
             release=spec.release.name,
@@ -145,6 +176,7 @@ class Player:
             scratch=scratch_facts(kernel),
             struct_page_bytes=struct_page_bytes(kernel),
             page_size=kernel.arch.page_size,
+            liveupdate=luo.liveupdate_num if luo.enabled else -1,
         )
 
     def _panicked(self, spec: KernelSpec, panic: KernelPanic, who: str) -> GenerationFacts:
@@ -194,6 +226,7 @@ class Player:
             outcome=outcome,
             expect=step.expect,
             note=note,
+            by_order=fact.by_order,
         )
 
     def _place(self, place: str, facts: GenerationFacts) -> str:
@@ -213,6 +246,8 @@ class Player:
         facts.managed_pages = kernel.total_ram_pages()
         facts.free_pages = kernel.pages.nr_free_pages()
         facts.preserved = preserved_facts(kernel)
+        names = {id(it.file): it.name for it in self.files.values() if it.file is not None}
+        facts.sessions = session_facts(kernel, names)
         prefix = "out/sub_fdts/"
         facts.subtrees = [
             path.removeprefix(prefix)
@@ -230,6 +265,8 @@ class Player:
             if kernel.kho_enable and not kexec.crash:
                 self._write_indexes()
             self._measure(facts)
+            for carried in self.files.values():
+                carried.remember()
             self._load_and_jump(spec, kexec.crash)
         except KernelError as refused:
             self._measure(facts)
@@ -271,6 +308,11 @@ class Player:
                 group.hand_over()
             else:
                 group.lose()
+        self.agent.jump(accepted=outcome == ACCEPTED)
+        came = [it for note in self.agent.incoming.values() for it in note.files.values()]
+        self.files = {it.name: it for it in came}
+        for carried in came:
+            carried.process = None
         successor = self._begin(spec, outcome)
         if outcome != kexec.expect:
             self.result.failures.append(

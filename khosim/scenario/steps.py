@@ -8,7 +8,17 @@ from khosim.scenario.fields import Table, did_you_mean
 from khosim.scenario.model import Limits, Step
 from khosim.scenario.steps_alloc import Blob, Folios, Pages
 from khosim.scenario.steps_content import Check, Corrupt, Write
+from khosim.scenario.steps_guest import DeviceStep, GuestStep, Stop
 from khosim.scenario.steps_hold import Free, Preserve, PreserveAt, Restore, Unpreserve
+from khosim.scenario.steps_luo import (
+    Close,
+    Finish,
+    Kill,
+    PreserveFd,
+    Reboot,
+    RetrieveSession,
+    SessionStep,
+)
 
 __all__ = ("STEPS", "parse_step")
 
@@ -26,6 +36,16 @@ STEPS: Mapping[str, Callable[[Table, Limits], Step]] = {
         Check,
         PreserveAt,
         Corrupt,
+        GuestStep,
+        DeviceStep,
+        Stop,
+        SessionStep,
+        PreserveFd,
+        RetrieveSession,
+        Finish,
+        Close,
+        Kill,
+        Reboot,
     )
 }
 """What reads each kind of step. A new kind: a class with ``do`` and ``parse``, and a name here."""

@@ -32,6 +32,8 @@ def _new_name(table: Table, limits: Limits) -> str:
     name = table.name("name")
     if name in RESERVED_NAMES:
         raise table.error(f"name: {name!r} names a place; choose another")
+    if name in limits.files:
+        raise table.error(f"name: {name!r} is a guest or a device; choose another")
     limits.names.add(name)
     return name
 

@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from khosim.errors import RamFault
-from khosim.scenario.contents import damaged_pages, first_keys, next_keys, write_pages
+from khosim.scenario.contents import (
+    damaged_pages,
+    first_keys,
+    next_keys,
+    page_contents,
+    write_pages,
+)
 from khosim.scenario.fields import Table, count_text, size_text
 from khosim.scenario.group import LOCAL, PRESERVED
 from khosim.scenario.model import Limits, StepFact
 from khosim.scenario.places import place_field, resolve
 from khosim.scenario.steps_base import ALL, GroupStep, StepBase, Unexpected, fact_of
+from khosim.scenario.steps_guest import file_name, running_guests
 
 if TYPE_CHECKING:
     from khosim.scenario.contents import I64, U64
@@ -29,19 +36,22 @@ _BY = (-1, "scenario: corrupt")
 
 
 class _ContentStep(GroupStep):
-    """A step about the content of a group (``name``) or of a reserve_mem region (``region``)."""
+    """A step about the content of a group, of a reserve_mem region, or of a guest."""
 
     __slots__ = ()
 
     @classmethod
     def of_content(cls, table: Table, limits: Limits) -> dict[str, str]:
-        """The common fields, and ``region``, empty where a group is meant."""
-        if table.has("name") == table.has("region"):
-            raise table.error("give 'name' (a group) or 'region' (of reserve_mem=)")
+        """The common fields, and ``region`` and ``guest``, empty where a group is meant."""
+        if sum(table.has(key) for key in ("name", "region", "guest")) != 1:
+            raise table.error("give 'name' (a group), 'region' (of reserve_mem=) or 'guest'")
         if table.has("name"):
-            return {**cls.of_group(table, limits), "region": ""}
+            return {**cls.of_group(table, limits), "region": "", "guest": ""}
+        if table.has("guest"):
+            guest = file_name(table, "guest", limits)
+            return {**cls.common(table, limits, name=guest), "region": "", "guest": guest}
         region = table.text("region")
-        return {**cls.common(table, limits, name=""), "region": region}
+        return {**cls.common(table, limits, name=""), "region": region, "guest": ""}
 
 
 def _regions(player: Player, wanted: str, place: str) -> list[tuple[str, I64]]:
@@ -72,6 +82,7 @@ class Write(_ContentStep):
 
     do: ClassVar[str] = "write"
     region: str = ""
+    guest: str = ""
 
     @classmethod
     def parse(cls, table: Table, limits: Limits) -> Write:
@@ -88,12 +99,27 @@ class Write(_ContentStep):
                 player.region_keys[name] = key
                 write_pages(kernel.ram, pfns, _page_keys(key, len(pfns)), kernel.by(name))
             return StepFact(note=f"{count_text(len(regions), 'reserve_mem region')}, at the ends")
+        if self.guest:
+            return self._guests(player)
         chosen = self.pick(player, (LOCAL, PRESERVED))
         for group, entries in chosen:
             group.key[entries] = next_keys(group.key[entries])
             pfns, keys = group.content(entries)
             write_pages(kernel.ram, pfns, keys, kernel.by(group.owner))
         return fact_of(player, chosen)
+
+    def _guests(self, player: Player) -> StepFact:
+        # New content in a part of the pages that have content; raises what the store raises.
+        written = pages = 0
+        for guest, memfd in running_guests(player, self.guest, self.place):
+            wanted = max(1, round(len(guest.pages) * self.share)) if len(guest.pages) else 0
+            chosen = np.arange(wanted) * len(guest.pages) // max(1, wanted)
+            keys = next_keys(guest.keys[chosen])
+            contents = page_contents(memfd.kernel.arch.page_size, keys)
+            guest.store(memfd, guest.pages[chosen], contents)
+            guest.keys[chosen] = keys
+            written, pages = written + contents.nbytes, pages + wanted
+        return StepFact(pages, written, "", "page")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +129,7 @@ class Check(_ContentStep):
     do: ClassVar[str] = "check"
     WORDS: ClassVar[tuple[str, ...]] = ("damaged", "missing")
     region: str = ""
+    guest: str = ""
 
     @classmethod
     def parse(cls, table: Table, limits: Limits) -> Check:
@@ -123,6 +150,8 @@ class Check(_ContentStep):
                     checked += len(pfns)
             size = checked * kernel.arch.page_size
             return StepFact(0, size, f"{count_text(len(regions), 'reserve_mem region')}")
+        if self.guest:
+            return self._guests(player)
         chosen = self.pick(player, (LOCAL, PRESERVED))
         checked = 0
         for group, entries in chosen:
@@ -131,6 +160,15 @@ class Check(_ContentStep):
             self._judge(player, group.name, damaged_pages(kernel.ram, pfns, keys))
         fact = fact_of(player, chosen)
         return dataclasses.replace(fact, len_bytes=checked * kernel.arch.page_size)
+
+    def _guests(self, player: Player) -> StepFact:
+        pages = 0
+        for guest, memfd in running_guests(player, self.guest, self.place):
+            fault = guest.content_fault(memfd)
+            if fault:
+                raise Unexpected("damaged", f"{guest.name}: {fault}")
+            pages += len(guest.pages)
+        return StepFact(pages, pages * player.kernel.arch.page_size, "", "page")
 
     @staticmethod
     def _judge(player: Player, what: str, damaged: I64) -> None:
