@@ -9,12 +9,14 @@ from typing import BinaryIO
 
 from khosim.errors import InputError
 from khosim.scenario.fields import did_you_mean
-from khosim.scenario.model import Scenario
+from khosim.scenario.model import KernelSpec, Scenario
 from khosim.scenario.parse import Overrides, parse_scenario, read_document
 
 __all__ = ("DEFAULT", "builtin_scenarios", "builtin_text", "load_scenario")
 
 DEFAULT = "cloud-host"
+_WITHOUT_LUO = "kho-host"
+_MEMFD_V1 = "cloud-host-4k"
 _MAX_FILE_BYTES = 1 << 20
 _SUFFIX = ".toml"
 
@@ -51,17 +53,28 @@ def _read_stdin(stream: BinaryIO | None) -> bytes:
         raise InputError("<stdin>", error.strerror or str(error)) from None
 
 
+def _fitting(kernel: KernelSpec) -> str:
+    # The default scenario, or the one like it that such a kernel can carry out.
+    if not kernel.release.luo or "liveupdate" not in kernel.cmdline:
+        return _WITHOUT_LUO
+    return _MEMFD_V1 if kernel.release.memfd == "memfd-v1" else DEFAULT
+
+
 def load_scenario(
     source: str, *, overrides: Overrides | None = None, stdin: BinaryIO | None = None
 ) -> Scenario:
     """The built-in scenario, or the file, that ``source`` names; ``-`` reads ``stdin``.
 
-    A name without a slash and without ``.toml`` is looked for among the built-in ones first.
+    A name without a slash and without ``.toml`` is looked for among the built-in ones first. The
+    default one gives way to one like it where the kernel that ``overrides`` ask for has no Live
+    Update Orchestrator, or one that does not carry its guests whole.
     """
     if source == "-":
         return parse_scenario(_read_stdin(stdin), "<stdin>", overrides=overrides)
     if source in _folder_names():
-        return parse_scenario(builtin_text(source), source, overrides=overrides)
+        scenario = parse_scenario(builtin_text(source), source, overrides=overrides)
+        fitting = _fitting(scenario.kernel) if source == DEFAULT else source
+        return scenario if fitting == source else load_scenario(fitting, overrides=overrides)
     path = Path(source)
     try:
         with path.open("rb") as file:
