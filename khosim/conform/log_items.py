@@ -14,12 +14,12 @@ from khosim.abi.fdt import FDT_ERR_NOTFOUND
 from khosim.abi.memblock import MEMBLOCK_KHO_FDT
 from khosim.capture.folder import Capture, CapturedGeneration
 from khosim.checks.decode_root import Region
-from khosim.checks.preserved import expand
 from khosim.conform.dmesg_calls import Reserve, parse_calls, symbol_of
 from khosim.conform.final_state import compare_final_arrays
 from khosim.conform.handover import PRESERVING
 from khosim.conform.held import Held
 from khosim.conform.items import Item, in_order, unknown
+from khosim.conform.misread import behind, blocks_read, dies
 from khosim.conform.replay import Replay, replay_generation
 from khosim.conform.state import told
 from khosim.errors import InputError
@@ -93,7 +93,10 @@ def log_items(
             compare_areas=_areas_are_told(generation),
         )
     except InputError as error:
-        items.append(Item(_REPLAY, False, 0, 1, (str(error),), needs=("-1/handover",)))
+        if dies(generation):
+            items.append(unknown(_REPLAY, f"the kernel dies: {error}"))
+        else:
+            items.append(Item(_REPLAY, False, 0, 1, (str(error),), needs=("-1/handover",)))
     else:
         items += _replayed(generation, replay, lines, preserved)
     items.append(_messages(before, text, replay))
@@ -111,11 +114,14 @@ def _preserved(
     if handover is None:
         return unknown(_PRESERVED, f"the predecessor's pages: {before.why}"), numbers
     page = handover.page_size
-    own = [(phys, phys + (page << order)) for phys, order in expand(handover.preserved)]
+    blocks, is_known = blocks_read(before, generation)
+    own = [(phys, phys + (page << order)) for phys, order in blocks]
     real = [(start, end) for _, start, end in lines]
+    if dies(generation):
+        own = own[: len(real)]
     places = [f"line {line}" for line in numbers]
     item = in_order(_PRESERVED, real, own, places, needs=("-1/handover",))
-    return item, numbers
+    return item if item.ok or is_known else behind(item), numbers
 
 
 def _areas_are_told(generation: CapturedGeneration) -> bool:

@@ -18,6 +18,7 @@ from khosim.abi import fdt
 from khosim.capture.folder import Capture, CapturedGeneration
 from khosim.conform.held import Held
 from khosim.conform.items import Item, unknown
+from khosim.conform.misread import dies
 from khosim.conform.replay import Replay
 from khosim.conform.start import covered, subtract
 from khosim.errors import InputError
@@ -59,6 +60,8 @@ def files_item(capture: Capture, generation: CapturedGeneration) -> Item:
     missing = sorted(expected - own)
     differences = [f"{generation.name}/{name}: no such file" for name in missing]
     total = len(expected | own)
+    if missing and dies(generation):
+        return unknown("files", "the kernel dies and leaves but its log")
     return Item.counted("files", total - len(missing), total, differences)
 
 

@@ -24,6 +24,7 @@ from khosim.conform.held import Held
 from khosim.conform.items import Item, in_order, unknown
 from khosim.conform.jump import Jump, captured_ram, load_image
 from khosim.conform.log_items import kho_lines, preserved_lines
+from khosim.conform.misread import as_read, behind, blocks_read, death, dies
 from khosim.conform.rebuild_fdt import first_difference
 from khosim.conform.sizes import Sizes, read_sizes
 from khosim.errors import InputError, KernelError, KernelPanic, KhoSimError, RamFault
@@ -69,6 +70,7 @@ def successor_items(capture: Capture, before: Held, after: CapturedGeneration) -
         known = ", ".join(sorted({one.kho_compatible for one in RELEASES.values()}))
         yield unknown(_NAME, f"{handover.compatible}: khosim's kernels speak {known}")
         return
+    release = as_read(release, after)
     reserved: list[tuple[int, int]] = []
 
     def listen(event: Event) -> None:
@@ -84,17 +86,28 @@ def successor_items(capture: Capture, before: Held, after: CapturedGeneration) -
     except InputError as error:
         yield Item(_NAME, None, note=str(error), needs=_NEEDS)
         return
+    except KernelPanic as panic:
+        if not dies(after):
+            yield Item(_NAME, False, 0, 1, (f"it does not boot: {panic}",), needs=_NEEDS)
+            return
+        needs = ("-1/handover", "-1/scratch", "messages")
+        yield _reserved(reserved, after, needs, is_known=blocks_read(before, after)[1])
+        yield death(panic, after, needs)
+        return
     except KhoSimError as error:
         yield Item(_NAME, False, 0, 1, (f"it does not boot: {error}",), needs=_NEEDS)
         return
-    yield _reserved(reserved, after)
+    yield _reserved(reserved, after, _NEEDS, is_known=blocks_read(before, after)[1])
     yield _messages(kernel, after)
     yield _scratch(kernel, after)
     yield _regions(kernel, before, marks)
     yield _files(kernel, before, after)
     if before.luo is not None and kernel.liveupdate.enabled:
         yield _memfds(kernel, before.luo)
-    yield _folios(kernel, before)
+    if blocks_read(before, after)[0] == expand(handover.preserved):
+        yield _folios(kernel, before)
+    else:
+        yield unknown(f"{_NAME}: folios", "the map is read otherwise than it was written")
 
 
 _NEEDS = ("-1/handover", "-1/scratch", "preserved", "messages", "scratch", "replay", "cmdline")
@@ -107,7 +120,9 @@ def _blocks(args: dict[str, Any], page_size: int) -> list[tuple[int, int]]:
     return [(start, start + size) for start in range(phys, phys + count * size, size)]
 
 
-def _reserved(own: list[tuple[int, int]], after: CapturedGeneration) -> Item:
+def _reserved(
+    own: list[tuple[int, int]], after: CapturedGeneration, needs: tuple[str, ...], *, is_known: bool
+) -> Item:
     name = f"{_NAME}: preserved"
     try:
         lines = preserved_lines(after.dmesg, str(after.path / "dmesg"))
@@ -115,7 +130,8 @@ def _reserved(own: list[tuple[int, int]], after: CapturedGeneration) -> Item:
         return unknown(name, str(error))
     real = [(start, end) for _, start, end in lines]
     places = [f"line {line}" for line, _, _ in lines]
-    return in_order(name, real, own, places, needs=_NEEDS)
+    item = in_order(name, real, own, places, needs=needs)
+    return item if item.ok or is_known else behind(item)
 
 
 def _messages(kernel: Kernel, after: CapturedGeneration) -> Item:
