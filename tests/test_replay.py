@@ -573,3 +573,16 @@ def test_dumps_without_calls_are_no_log_to_replay() -> None:
     assert "MEMBLOCK configuration:" in text
     with pytest.raises(InputError, match="no memblock lines"):
         replay_dmesg(text)
+
+
+@pytest.mark.parametrize("name", ["uma1g", "arm64-16k", "numa4g"])
+def test_kernels_without_debugfs_are_replayed(tmp_path: Path, name: str) -> None:
+    """Scratch is read from the log then, the root FDT from the pages: all is the same."""
+    folder = tmp_path / name
+    shutil.copytree(CAPTURES / name, folder, ignore=shutil.ignore_patterns("kho"))
+    whole = replay_path(CAPTURES / name)
+    for bare, usual in zip(replay_path(folder), whole, strict=True):
+        assert not bare.differences
+        assert (bare.same, bare.preserved) == (usual.same, usual.preserved)
+        assert bare.scratch == usual.scratch
+    assert not replay_path(folder / "gen1")[0].differences

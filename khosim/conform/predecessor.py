@@ -54,11 +54,16 @@ class Predecessor:
         self.known_pfns: frozenset[int] = frozenset()
         self._root: int | None = None
 
-    def scratch_areas(self) -> list[tuple[int, int]]:
-        """Its scratch areas as (address, length), in its order."""
-        if self._areas is None:
+    def scratch_areas(self) -> list[tuple[int, int]] | None:
+        """Its scratch areas as (address, length), in its order; None where it had no debugfs."""
+        if self._areas is None and self.generation.has("kho"):
             self._areas = list(self.generation.scratch_areas)
         return self._areas
+
+    def found_areas(self, areas: list[tuple[int, int]]) -> None:
+        """Say what its scratch areas were, where it does not tell."""
+        if self.scratch_areas() is None:
+            self._areas = areas
 
     def preserved(self) -> list[PreservedBlock] | None:
         """Every preserved block in the order of the kernel's walk; None without a tree."""
@@ -118,7 +123,7 @@ class Predecessor:
             pfn, data = self.generation.ram_pages
             page = self.arch.page_size
             end = (int(pfn[-1]) + 1) * page if len(pfn) else page
-            end = max([end, *(start + size for start, size in self.scratch_areas())])
+            end = max([end, *(start + size for start, size in self.scratch_areas() or [])])
             if end > MAX_PHYS:
                 raise InputError(self.npz, f"a page beyond {MAX_PHYS:#x}")
             ram = Ram(end, page_size=page)

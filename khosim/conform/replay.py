@@ -7,6 +7,7 @@ Every memblock call that ``memblock=debug`` logged is made again and each addres
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from khosim.capture.folder import Capture, CapturedGeneration
 from khosim.conform.boot_facts import BootFacts, read_facts
 from khosim.conform.dmesg_calls import parse_calls
 from khosim.conform.engine import Engine
+from khosim.conform.held import Held
 from khosim.conform.predecessor import Predecessor
 from khosim.conform.start import start_memblock
 from khosim.conform.state import Difference
@@ -71,11 +73,14 @@ def replay_path(path: str | Path) -> list[Replay]:
             folder = path.resolve()
             if (folder.parent / "capture.json").exists():
                 capture = Capture(folder.parent)
-                return [replay_generation(capture, capture.generation(folder.name))]
+                return [_replay_captured(capture, capture.generation(folder.name))]
             path = path / "dmesg"
         else:
             capture = Capture(path)
-            return [replay_generation(capture, one) for one in capture.generations]
+            replays: list[Replay] = []
+            for one in capture.generations:
+                replays.append(_replay_captured(capture, one, replays[-1:]))
+            return replays
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_LOG_BYTES + 1)
@@ -85,6 +90,28 @@ def replay_path(path: str | Path) -> list[Replay]:
         raise InputError(str(path), f"too large for a kernel log (over {_MAX_LOG_BYTES} bytes)")
     text = data.decode("utf-8", "replace")
     return [replay_dmesg(text, name=path.name, place=str(path))]
+
+
+def _replay_captured(
+    capture: Capture, generation: CapturedGeneration, done: Sequence[Replay] = ()
+) -> Replay:
+    """Replay one generation; ``done`` ends with the replay of the one before it, if there was one.
+
+    A kernel without debugfs showed neither its scratch areas nor the root FDT that it was handed.
+    """
+    root_fdt, areas = None, None
+    before = capture.generations[generation.index - 1] if generation.index else None
+    if before is not None and not before.has("kho") and done:
+        areas = list(done[-1].scratch) or None
+    if before is not None and not generation.has("kho") and before.has("ram.npz"):
+        root_fdt = Held(before).root_fdt()
+    return replay_generation(
+        capture,
+        generation,
+        root_fdt=root_fdt,
+        areas=areas,
+        compare_areas=generation.has("kho"),
+    )
 
 
 def replay_dmesg(text: str, *, name: str = "dmesg", place: str = "dmesg") -> Replay:
@@ -137,6 +164,8 @@ def _replay(
     starts, incoming = start_memblock(
         events, facts, predecessor.scratch_areas() if predecessor else None
     )
+    if predecessor is not None:
+        predecessor.found_areas(incoming)
     if not facts.complete:
         last = text.count("\n") + 1
         cause = f"cut short at line {last}: boot does not come to the page allocator"
