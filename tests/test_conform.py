@@ -318,6 +318,28 @@ def test_a_map_that_makes_no_sense_is_told(tmp_path: Path) -> None:
     assert ("gen0", "memory map") in _wrong(conform_capture(folder))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_capture_may_begin_with_a_successor(tmp_path: Path, name: str) -> None:
+    """Where the first generations were not kept, what they handed over is not told."""
+    folder = tmp_path / name
+    shutil.copytree(CAPTURES / name, folder)
+    facts = json.loads((folder / "capture.json").read_text())
+    for generations in (["gen1", "gen2"], ["gen2"]):
+        facts["generations"] = generations
+        (folder / "capture.json").write_text(json.dumps(facts))
+        report = conform_capture(folder)
+        assert _wrong(report) == set()
+        assert _items(report, generations[0])["replay"].ok is True
+
+
+def test_a_cut_line_of_buddyinfo_is_told(tmp_path: Path) -> None:
+    """A line with fewer orders than the other generations'."""
+    folder = _copy(tmp_path, "uma1g", 2)
+    path = folder / "gen1/buddyinfo"
+    path.write_text(path.read_text()[:60] + "\n")
+    assert _wrong(conform_capture(folder)) == {("gen1", "buddyinfo")}
+
+
 def test_a_log_may_have_lost_its_beginning(tmp_path: Path) -> None:
     """The later log of a small buffer is not compared line by line."""
     folder = _copy(tmp_path, "uma1g", 2)

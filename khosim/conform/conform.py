@@ -78,7 +78,8 @@ def conform_capture(path: str | Path) -> Report:
         else:
             items += successor_items(capture, before, generation)
         found[generation.name] = items
-        areas = list(replay.scratch) if replay is not None and replay.scratch else None
+        is_told = before is None or before.generation is not generation
+        areas = list(replay.scratch) if replay is not None and replay.scratch and is_told else None
         before = held
     return Report(capture, _without_echoes(capture, found))
 

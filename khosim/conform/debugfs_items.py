@@ -207,7 +207,8 @@ def _luo(
         number = 1
         if before is not None and before.luo is not None:
             number = before.luo.liveupdate_num + 1
-        if ser.liveupdate_num != number:
+        is_told = before is None or before.handover is not None
+        if is_told and ser.liveupdate_num != number:
             differences.append(f"liveupdate_num: {ser.liveupdate_num}, not {number}")
         if not ser.compatible.startswith("luo-v"):
             differences.append(f"compatible: {ser.compatible!r}")

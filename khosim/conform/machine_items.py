@@ -34,6 +34,7 @@ _ZONE_RANGE = re.compile(
 )
 _EFI = re.compile(r"\befi: EFI v\d")
 _ZONE = re.compile(r"Node (\d+), zone +(\S+)")
+_FREE_LISTS = re.compile(r"Node (\d+), zone\s+(\S+)((?:\s+\d+)+)\s*")
 _COUNT = re.compile(r"\s+(?:pages )?(free|spanned|present|managed|start_pfn):?\s+(\d+)")
 _SOMETIMES = re.compile(
     r"(ram\.npz|handover\.json|dmesg\.end|kho/out/(fdt|finalize|sub_fdts/kho_test)"
@@ -79,7 +80,7 @@ def machine_items(
         ("iomem", lambda: _iomem(generation, replay)),
         ("zoneinfo", lambda: _zoneinfo(generation, replay)),
         ("meminfo", lambda: _meminfo(generation, before)),
-        ("buddyinfo", lambda: _buddyinfo(generation)),
+        ("buddyinfo", lambda: _buddyinfo(capture, generation)),
         ("firmware/fdt", lambda: _device_tree(generation, before)),
     ):
         if generation.has(name):
@@ -227,16 +228,23 @@ def _meminfo(generation: CapturedGeneration, before: Held | None) -> Item:
     return Item.counted("meminfo", own == said, 1, differences, needs=("zoneinfo",))
 
 
-def _buddyinfo(generation: CapturedGeneration) -> Item:
+def _buddyinfo(capture: Capture, generation: CapturedGeneration) -> Item:
     rows: dict[tuple[int, str], list[int]] = {}
     for line in generation.text_of("buddyinfo").splitlines():
-        found = re.fullmatch(r"Node (\d+), zone\s+(\S+)((?:\s+\d+)+)\s*", line)
+        found = _FREE_LISTS.fullmatch(line)
         if found is None:
             return Item("buddyinfo", False, 0, 1, (f"{line[:60]!r} is no line of it",))
         counts = [int(word) for word in found.group(3).split()]
         rows[int(found.group(1)), found.group(2)] = counts
     if not generation.has("zoneinfo"):
         return unknown("buddyinfo", "no zoneinfo to compare it with")
+    nr_orders = max(
+        len(found.group(3).split())
+        for one in capture.generations
+        if one.has("buddyinfo")
+        for line in one.text_of("buddyinfo").splitlines()
+        if (found := _FREE_LISTS.fullmatch(line))
+    )
     zones = {(one.node, one.name): one.counts for one in _zones(generation)}
     used = {key for key, counts in zones.items() if counts.get("present") or key in rows}
     differences = []
@@ -244,7 +252,7 @@ def _buddyinfo(generation: CapturedGeneration) -> Item:
         name = f"node {key[0]} {key[1]}"
         if key not in rows:
             differences.append(f"{name}: no line")
-        elif len(rows[key]) != len(next(iter(rows.values()))):
+        elif len(rows[key]) != nr_orders:
             differences.append(f"{name}: {len(rows[key])} orders")
         else:
             free = sum(count << order for order, count in enumerate(rows[key]))

@@ -18,7 +18,7 @@ from khosim.conform.dmesg_calls import parse_calls
 from khosim.conform.engine import Engine
 from khosim.conform.held import Held
 from khosim.conform.predecessor import Predecessor
-from khosim.conform.start import start_memblock
+from khosim.conform.start import merged_ranges, start_memblock
 from khosim.conform.state import Difference
 from khosim.errors import InputError
 from khosim.kernel.memblock import Memblock
@@ -174,7 +174,12 @@ def _replay(
     state = engine.run(starts)
     differences = list(state.differences)
     if generation is not None and (state.scratch or generation.has("kho/out/scratch_phys")):
-        differences += _compare_areas(state.scratch, generation.scratch_areas)
+        shown = generation.scratch_areas
+        if facts.kho_boot and predecessor is None:
+            # Read from the log, which has neither order nor where one area ends and another begins.
+            ranges = merged_ranges([(base, base + size) for base, size in shown if size])
+            shown = tuple((base, end - base) for base, end in ranges)
+        differences += _compare_areas(state.scratch, shown)
     return Replay(
         name=name,
         facts=facts,

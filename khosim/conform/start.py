@@ -36,6 +36,7 @@ from khosim.kernel.memblock import (
 __all__ = (
     "covered",
     "mended",
+    "merged_ranges",
     "page_cut",
     "ramdisks",
     "start_memblock",
@@ -63,7 +64,7 @@ def start_memblock(
     assert isinstance(dump, Dump)
     if not dump.whole:
         raise InputError(f"{facts.place}: line {dump.line}", "the first memblock dump is cut short")
-    ram = _merged([(start, end) for _, start, end, _nid in facts.node_ranges])
+    ram = merged_ranges([(start, end) for _, start, end, _nid in facts.node_ranges])
     later = _later_reserved(events[at + 1 :])
     memory = mended(dump.memory, dump.memory_size, ram)
     known = [(low, high) for low, high, _ in later]
@@ -77,9 +78,9 @@ def start_memblock(
         scratch = []
     elif scratch is None:
         low = _MIB if facts.arch == "x86_64" else 0
-        marked = _merged([(r.base, r.end) for r in memory if r.flags & MEMBLOCK_KHO_SCRATCH])
+        marked = merged_ranges([(r.base, r.end) for r in memory if r.flags & MEMBLOCK_KHO_SCRATCH])
         scratch = [(max(base, low), end - max(base, low)) for base, end in marked if end > low]
-    memories = [_merged([(row.base, row.end) for row in memory])]
+    memories = [merged_ranges([(row.base, row.end) for row in memory])]
     if facts.arch == "x86_64":
         memories = [[]]  # e820__memblock_setup adds it all, in the log
     elif ram and ram != memories[0] and not _is_replaced(events[at + 1 :]):
@@ -236,7 +237,8 @@ def _roundness(addr: int) -> int:
     return (addr & -addr) if addr else 1 << 63
 
 
-def _merged(ranges: list[Range]) -> list[Range]:
+def merged_ranges(ranges: list[Range]) -> list[Range]:
+    """``ranges`` in order, with those joined that touch or overlap."""
     merged: list[Range] = []
     for base, end in sorted(ranges):
         if merged and base <= merged[-1][1]:
