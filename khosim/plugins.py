@@ -13,7 +13,7 @@ from typing import Any
 
 from khosim.errors import InputError
 
-__all__ = ("is_plugin", "load_plugin", "loaded_plugin")
+__all__ = ("blame_plugin", "is_plugin", "load_plugin", "loaded_plugin")
 
 
 def is_plugin(spec: str) -> bool:
@@ -77,12 +77,27 @@ def _load_module(path: str) -> Any:
     except InputError:
         del sys.modules[name]
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         line = _line_in(error, file)
         at = f"{path}: line {line}" if line else path
         raise InputError(at, f"{type(error).__name__}: {error}") from error
     return module
+
+
+def blame_plugin(error: BaseException) -> InputError | None:
+    """The one line about ``error`` where a loaded file raised it; None where khosim did.
+
+    The last line of such a file that was being carried out is the one to blame.
+    """
+    found = None
+    trace = error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if _module_name(file) in sys.modules:
+            found = InputError(f"{file}: line {trace.tb_lineno}", f"{type(error).__name__}: {error}")
+        trace = trace.tb_next
+    return found
 
 
 def _line_in(error: BaseException, file: Path) -> int:

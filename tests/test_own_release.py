@@ -138,6 +138,36 @@ def test_the_checkers_notice_a_tracker_that_loses_a_block():
             FIND + "RELEASE = find_release('7.3').evolve(tracker=f'{__file__}:Nothing')\n",
             "the file defines no 'Nothing'",
         ),
+        (
+            FIND + "class T: pass\n"
+            "RELEASE = find_release('7.3').evolve(tracker=f'{__file__}:T')\n",
+            "not a class derived from BlockTracker",
+        ),
+        (
+            FIND + "from khosim.kernel.kho_tracker import BlockTracker\n"
+            "class T(BlockTracker): pass\n"
+            "RELEASE = find_release('7.3').evolve(tracker=f'{__file__}:T')\n",
+            "it lacks add_block, blocks, del_block",
+        ),
+        (
+            FIND + "d = 7\nRELEASE = find_release('7.3').evolve(decoder=f'{__file__}:d')\n",
+            "not a function",
+        ),
+        (
+            FIND + "def decode(*them): return 7\n"
+            "RELEASE = find_release('7.3').evolve(decoder=f'{__file__}:decode')\n",
+            "it returns no (pfn, order, blocks) runs",
+        ),
+        (
+            FIND + "def decode(*them):\n    return 1 // 0\n"
+            "RELEASE = find_release('7.3').evolve(decoder=f'{__file__}:decode')\n",
+            "line 3: ZeroDivisionError",
+        ),
+        (
+            "from khosim.kernel.behaviours import Release as R\nRELEASE = R(name='', uname='', luo=7)",
+            "luo=7: not a str",
+        ),
+        ("raise SystemExit(3)", "line 1: SystemExit: 3"),
     ],
 )
 def test_a_file_that_is_no_release(text, cause, tmp_path, capsys):
@@ -179,6 +209,17 @@ def test_what_names_a_file():
     assert load_plugin(f"{EXAMPLE}:RELEASE") is RELEASE
     with pytest.raises(InputError, match="there is no such file"):
         load_plugin("nowhere.py:X")
+
+
+def test_what_khosim_itself_gets_wrong_is_no_files_fault(monkeypatch):
+    """An error in khosim's own code is not put down to a loaded file: it stays a traceback."""
+
+    def broken(*them):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("khosim.cli.run.run", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "small", "--release", EXAMPLE])
 
 
 # -- the page in docs/ ------------------------------------------------------------------------

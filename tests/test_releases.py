@@ -285,6 +285,8 @@ def test_a_bug_back_or_a_fix_in():
         ("7.3+page_magic=maybe", "page_magic=maybe: neither on nor off"),
         ("7.3+bitmap_bytes=many", "bitmap_bytes=many: not a whole number"),
         ("7.3+bitmap_bytes=513", "bitmap_bytes: not whole words of 8 bytes"),
+        ("7.3+finalize=refresh", "only tracker=chunks has something to finalize"),
+        ("7.3+decoder=nope", "decoder=nope: not FILE.py:FUNCTION"),
         ("7.3+finalize=now", 'finalize=now: not one of "", notifiers, refresh'),
         ("7.3+tracker=list", "tracker=list: not one of radix, chunks, nor FILE.py:CLASS"),
         ("nowhere.py", "nowhere.py: there is no such file"),

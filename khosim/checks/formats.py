@@ -15,6 +15,7 @@ from khosim.checks.decode_chunks import decode_chunks
 from khosim.checks.decode_radix import decode_preserved
 from khosim.checks.decode_root import FORMATS, Format, Tracker
 from khosim.checks.preserved import Preserved
+from khosim.errors import InputError
 from khosim.plugins import loaded_plugin
 
 if TYPE_CHECKING:
@@ -68,7 +69,13 @@ class _Own:
     def __call__(
         self, reader: Reader, map_phys: int, page_size: int, _bits: int | None, /
     ) -> Preserved:
-        runs, pages = loaded_plugin(self._spec)(reader, map_phys, page_size)
-        columns = np.array(runs, dtype=np.int64).reshape(-1, 3)
+        found = loaded_plugin(self._spec)(reader, map_phys, page_size)
+        try:
+            runs, pages = found
+            columns = np.array(runs, dtype=np.int64).reshape(-1, 3)
+            pages = tuple(int(page) for page in pages)
+        except (TypeError, ValueError, OverflowError):
+            cause = "it returns no (pfn, order, blocks) runs and addresses of pages"
+            raise InputError(self._spec, cause) from None
         starts, orders, counts = columns[:, 0], columns[:, 1], columns[:, 2]
-        return Preserved(page_size, orders, starts, counts, tuple(pages), ())
+        return Preserved(page_size, orders, starts, counts, pages, ())

@@ -78,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
         return _complain(f"{place}{error.strerror or error}")
+    except Exception as error:
+        plugins = sys.modules.get("khosim.plugins")
+        blamed = None if plugins is None else plugins.blame_plugin(error)
+        if blamed is None:
+            raise
+        return _complain(str(blamed))
     return status
 
 

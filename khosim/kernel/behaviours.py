@@ -297,6 +297,9 @@ class Release:
         if evolved.tracker not in TRACKERS and not is_plugin(evolved.tracker):
             cause = f"tracker={evolved.tracker}: not one of {_told(TRACKERS)}, nor FILE.py:CLASS"
             raise InputError(f"release {self.name}", cause)
+        if evolved.finalize and evolved.tracker != "chunks":
+            cause = f"finalize={evolved.finalize}: only tracker=chunks has something to finalize"
+            raise InputError(f"release {self.name}", cause)
         if evolved.bitmap_bytes & 7:
             raise InputError(f"release {self.name}", "bitmap_bytes: not whole words of 8 bytes")
         return evolved

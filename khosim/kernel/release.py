@@ -196,9 +196,21 @@ def find_release(release: str | Release) -> Release:
 
 
 def _with_plugins(release: Release) -> Release:
-    for spec in (release.tracker, release.decoder):
-        if is_plugin(spec):
-            load_plugin(spec)
+    from khosim.kernel.kho_tracker import BlockTracker
+
+    if is_plugin(release.tracker):
+        tracker = load_plugin(release.tracker)
+        if not isinstance(tracker, type) or not issubclass(tracker, BlockTracker):
+            raise InputError(release.tracker, "not a class derived from BlockTracker")
+        missing = sorted(getattr(tracker, "__abstractmethods__", ()))
+        if missing:
+            raise InputError(release.tracker, f"it lacks {', '.join(missing)}")
+    if release.decoder:
+        if not is_plugin(release.decoder):
+            cause = f"decoder={release.decoder}: not FILE.py:FUNCTION"
+            raise InputError(f"release {release.name}", cause)
+        if not callable(load_plugin(release.decoder)):
+            raise InputError(release.decoder, "not a function")
     return release
 
 
@@ -207,6 +219,11 @@ def _named(name: str) -> Release:
         found = load_plugin(name, "RELEASE")
         if not isinstance(found, Release):
             raise InputError(name, f"RELEASE is a {type(found).__name__}, not a Release")
+        fields = [field.name for field in dataclasses.fields(found)]
+        try:  # one made without evolve was not looked at
+            _V73.evolve(**{field: getattr(found, field) for field in fields})
+        except InputError as error:
+            raise InputError(name, error.cause) from None
         return found
     known = RELEASES.get(name)
     if known is None:
