@@ -95,7 +95,8 @@ def blame_plugin(error: BaseException) -> InputError | None:
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         if _module_name(file) in sys.modules:
-            found = InputError(f"{file}: line {trace.tb_lineno}", f"{type(error).__name__}: {error}")
+            at = f"{file}: line {trace.tb_lineno}"
+            found = InputError(at, f"{type(error).__name__}: {error}")
         trace = trace.tb_next
     return found
 

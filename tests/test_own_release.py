@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = str(ROOT / "examples" / "own_release.py")
 RELEASE = find_release(EXAMPLE)
 FIND = "from khosim.kernel.release import find_release\n"
+BARE = "from khosim.kernel.behaviours import Release\n"
 
 
 @pytest.mark.parametrize("scenario", ["small", "torn-tree", "refused-handover"])
@@ -163,10 +164,7 @@ def test_the_checkers_notice_a_tracker_that_loses_a_block():
             "RELEASE = find_release('7.3').evolve(decoder=f'{__file__}:decode')\n",
             "line 3: ZeroDivisionError",
         ),
-        (
-            "from khosim.kernel.behaviours import Release as R\nRELEASE = R(name='', uname='', luo=7)",
-            "luo=7: not a str",
-        ),
+        (BARE + "RELEASE = Release(name='', uname='', luo=7)", "luo=7: not a str"),
         ("raise SystemExit(3)", "line 1: SystemExit: 3"),
     ],
 )

@@ -35,11 +35,11 @@ BUG = Bug(
     story="""
 When the successor reserves a preserved block it computes its size as 1 << (order + PAGE_SHIFT), and
 1 is an int in C. At order 19 (2 GiB) the result is negative, and the reservation reaches to the end
-of the address space; from order 20 on the bits fall out at the top and the size is 0.
+of the address space; from order 20 on the CPU shifts by 32 less, and 4 GiB become one byte.
 
-Reserving nothing succeeds. So the block looked preserved while its memory went to the page
-allocator, and the guest's memory was overwritten by whoever got it. While blocks above
-MAX_PAGE_ORDER could not be restored anyway, nobody noticed; 7.1 lifted that.
+Reserving a byte succeeds. So the block looked preserved while all of its memory but the first page
+went to the page allocator, and the guest's memory was overwritten by whoever got it. While blocks
+above MAX_PAGE_ORDER could not be restored anyway, nobody noticed; 7.1 lifted that.
 
 The fix computes in 64 bits.
 """,
