@@ -294,7 +294,7 @@ def test_bad_counts(bad: int, count: int) -> None:
     with pytest.raises(KernelError) as refused:
         bs.restore(out.head_pa)
     assert refused.value.errno == errno.EINVAL
-    assert f"Block contains invalid entry count: {count}" in successor.messages
+    assert f"luo: Block contains invalid entry count: {count}" in successor.messages
     assert (bs.nblocks, bs.head_pa) == (0, 0)
     assert successor.pages.nr_free_pages() == free + 4
 
@@ -312,7 +312,7 @@ def test_cycles(to: int) -> None:
     with pytest.raises(KernelError) as refused:
         bs.restore(out.head_pa)
     assert refused.value.errno == errno.EINVAL
-    assert successor.messages[-1] == "Block set is corrupted"
+    assert successor.messages[-1] == "luo: Block set is corrupted"
     assert (bs.nblocks, bs.head_pa) == (0, 0)
     assert successor.pages.nr_free_pages() == free
 

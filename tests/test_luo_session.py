@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from khosim import InputError, KernelError, KernelPanic, Machine
+from khosim import InputError, KernelError, KernelPanic, KhoSimError, Machine
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.liveupdate.luo_session import Session
 
@@ -253,6 +254,40 @@ def test_tokens_are_numbers_of_64_bits() -> None:
 
 
 # -- deserialization ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 64, 1.5, "1", None])
+def test_tokens_that_are_none(token: Any) -> None:
+    """Nothing but a number of 64 bits is one, and the session is as before."""
+    _, kernel = boot()
+    session = kernel.liveupdate.create_session("s")
+    with pytest.raises(InputError, match="is not a number of 64 bits"):
+        session.preserve(kernel.memfd("f"), token)
+    assert session.tokens == []
+
+
+@pytest.mark.parametrize("name", [5, None, b"vm", "\ud800"])
+def test_names_that_are_no_text(name: Any) -> None:
+    """One line each, for both calls that take a name."""
+    _, kernel = boot()
+    for call in (kernel.liveupdate.create_session, kernel.liveupdate.retrieve_session):
+        with pytest.raises(InputError, match="is no text that has bytes"):
+            call(name)
+
+
+def test_files_of_elsewhere_are_not_preserved() -> None:
+    """Nothing passes from one kernel to another but in RAM, not even a mistake."""
+    _, kernel = boot()
+    _, other = boot()
+    session = kernel.liveupdate.create_session("s")
+    with pytest.raises(KhoSimError, match="is open in another kernel"):
+        session.preserve(other.memfd("f", size=4096), 1)
+    with pytest.raises(KhoSimError, match="is open in another kernel"):
+        kernel.process("agent").install(other.memfd("f", size=4096))
+    for wrong in ("f", 3, None):
+        with pytest.raises(InputError, match="is not an open file"):
+            session.preserve(wrong, 1)  # type: ignore[arg-type]
+    assert session.tokens == []
 
 
 def test_a_failed_deserialization_is_remembered() -> None:

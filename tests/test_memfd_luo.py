@@ -541,7 +541,7 @@ def test_a_folio_that_was_not_preserved(at: int) -> None:
     successor = machine.kexec(kernel)
     free = successor.pages.nr_free_pages()
     refused(errno.EIO, retrieve, successor, args.serialized_data)
-    assert f"Unable to restore folio at physical address: {record.pfn << 12:x}" in (
+    assert f"memfd_luo: Unable to restore folio at physical address: {record.pfn << 12:x}" in (
         successor.messages
     )
     assert successor.pages.nr_free_pages() == free + 39 + 3
@@ -614,19 +614,21 @@ def test_flags_are_taken_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("symbol", "error", "lost"),
+    ("symbol", "error", "lost", "told"),
     [
-        ("shmem_alloc_inode", errno.ENOSPC, 42),
-        ("alloc_file_pseudo", errno.ENOMEM, 42),
-        ("kho_restore_vmalloc", errno.EINVAL, 42),
-        ("vmap_pages_range", errno.EINVAL, 41),
-        ("mem_cgroup_charge", errno.ENOMEM, 0),
-        ("shmem_add_to_page_cache", errno.ENOMEM, 0),
-        ("shmem_inode_acct_blocks", errno.ENOSPC, 0),
+        ("shmem_alloc_inode", errno.ENOSPC, 42, "memfd_luo: failed to setup file: -ENOSPC"),
+        ("alloc_file_pseudo", errno.ENOMEM, 42, "memfd_luo: failed to setup file: -ENOMEM"),
+        ("kho_restore_vmalloc", errno.EINVAL, 42, ""),
+        ("vmap_pages_range", errno.EINVAL, 41, ""),
+        ("mem_cgroup_charge", errno.ENOMEM, 0, "charge folio index {}: -12"),
+        ("shmem_add_to_page_cache", errno.ENOMEM, 0, "add to page cache folio index {}: -12"),
+        ("shmem_inode_acct_blocks", errno.ENOSPC, 0, "account folio index {}(1 pages): -28"),
     ],
 )
 @pytest.mark.parametrize("after", [0, 17, 39])
-def test_retrieve_without_memory(symbol: str, error: int, lost: int, after: int) -> None:
+def test_retrieve_without_memory(
+    symbol: str, error: int, lost: int, told: str, after: int
+) -> None:
     """Before the folios are in sight they are given up; from then on all are freed."""
     machine, kernel = boot()
     args = preserve(memfd(kernel, "f", size=40 * PAGE))
@@ -639,6 +641,9 @@ def test_retrieve_without_memory(symbol: str, error: int, lost: int, after: int)
     refused(error, retrieve, successor, args.serialized_data)
     assert successor.pages.nr_free_pages() == free + 40 + 3 - lost
     assert not any("i_blocks" in line for line in successor.messages)
+    if told:
+        line = told.format(after)
+        assert successor.messages[-1] == (line if lost else f"memfd_luo: shmem: failed to {line}")
     finish(successor, args.serialized_data, status=-error)
 
 

@@ -159,7 +159,7 @@ class KhoBlockSet:
             count = kernel.ram.read_u64(ser + _COUNT)
             try:
                 if not count or count > self.count_per_block:
-                    kernel.printk(f"Block contains invalid entry count: {count}")
+                    kernel.printk(f"luo: Block contains invalid entry count: {count}")
                     raise KernelError(errno.EINVAL, symbol, f"a block with {count} entries")
                 self._add(ser)
             except KernelError:
@@ -195,9 +195,9 @@ class KhoBlockSet:
             fast = virt(following, KHO_BLOCK_HEADER_BYTES)
             slow = read_u64(slow + _NEXT)
             if slow == fast:
-                kernel.printk("Block set is corrupted")
+                kernel.printk("luo: Block set is corrupted")
                 return True
-        kernel.printk("Block set is corrupted")
+        kernel.printk("luo: Block set is corrupted")
         return True
 
     # -- both -----------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ class Process:
 
     def install(self, file: File) -> int:
         """A descriptor for a file that was made in Python; takes over its reference."""
+        if file.kernel is not self.kernel:
+            raise KhoSimError(f"{file!r} is open in another kernel")
         fd = self.get_unused_fd()
         self.fd_install(fd, file)
         return fd

@@ -270,7 +270,7 @@ class ShmemInode:
 
     def _attach(self, index: int, pfn: int, order: int, sgp: int) -> int:
         """Put one newly allocated folio into the file; it is freed where the file refuses it."""
-        error = self.add_to_page_cache(CacheRun(index, pfn, order, 1))
+        error = self.charge() or self.add_to_page_cache(CacheRun(index, pfn, order, 1))
         if not error:
             error = self.acct_blocks(1 << order)
             if error:
@@ -287,8 +287,12 @@ class ShmemInode:
             self.make_uptodate(index, index + (1 << order))
         return 0
 
+    def charge(self) -> int:
+        """``mem_cgroup_charge``: 0, or -ENOMEM when that is injected."""
+        return -errno.ENOMEM if may_fail(self.kernel, "mem_cgroup_charge") else 0
+
     def add_to_page_cache(self, run: CacheRun) -> int:
-        """``mem_cgroup_charge`` and ``shmem_add_to_page_cache``: 0, -EEXIST or -ENOMEM.
+        """``shmem_add_to_page_cache`` of a charged folio: 0, -EEXIST or -ENOMEM.
 
         Without the accounting. The kernel dies of folios that are not aligned in the file.
         """
@@ -299,8 +303,6 @@ class ShmemInode:
                 "in shmem_add_to_page_cache",
                 kernel.generation,
             )
-        if may_fail(kernel, "mem_cgroup_charge"):
-            return -errno.ENOMEM
         if self.mapping.overlapping(run.index, run.end):
             return -errno.EEXIST
         if may_fail(kernel, "shmem_add_to_page_cache"):

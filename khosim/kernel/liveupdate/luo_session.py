@@ -103,6 +103,10 @@ class Session(File):
         :meth:`~khosim.kernel.liveupdate.luo_file.LuoFileSet.preserve` raises.
         """
         self._enter(incoming=False)
+        if not isinstance(file, File):
+            raise InputError("file", f"{file!r} is not an open file")
+        if file.kernel is not self.kernel:
+            raise KhoSimError(f"{file!r} is open in another kernel")
         self.session.file_set.preserve(_u64(token), file)
 
     def retrieve(self, token: int) -> Any:
@@ -161,10 +165,19 @@ class Session(File):
         self._luo.sessions.release(self.session)
 
 
-def _u64(token: int) -> int:
-    if not 0 <= token < 1 << 64:
-        raise InputError("token", f"{token} is not a number of 64 bits")
-    return token
+def _u64(token: object) -> int:
+    if not isinstance(token, int) or not 0 <= token < 1 << 64:
+        raise InputError("token", f"{token!r} is not a number of 64 bits")
+    return int(token)
+
+
+def _c_string(name: str) -> str:
+    # What the kernel sees of a name: up to its first NUL.
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except (AttributeError, UnicodeEncodeError):
+        raise InputError("session name", f"{name!r} is no text that has bytes") from None
+    return name.split("\0", 1)[0]
 
 
 class LuoSessions:
@@ -220,11 +233,12 @@ class LuoSessions:
         Raises -EINVAL for a name that is not 1 to 63 bytes, -EEXIST, -ENOSPC, -ENOMEM.
         """
         symbol = "luo_session_create"
-        length = len(name.encode("utf-8", "surrogateescape").split(b"\0", 1)[0])
+        name = _c_string(name)
+        length = len(name.encode("utf-8", "surrogateescape"))
         is_checked = self._luo.kernel.release.luo_checks_names
         if is_checked and not 0 < length < LIVEUPDATE_SESSION_NAME_LENGTH:
             raise KernelError(errno.EINVAL, symbol, f"a name of {length} bytes")
-        session = self._alloc(name.split("\0", 1)[0])
+        session = self._alloc(name)
         self.down_read()
         kernel = self._luo.kernel
         error = 0
@@ -252,7 +266,7 @@ class LuoSessions:
         """
         self.down_read()
         symbol = "luo_session_retrieve"
-        session = self.incoming.sessions.get(name.split("\0", 1)[0])
+        session = self.incoming.sessions.get(_c_string(name))
         if session is None:
             raise KernelError(errno.ENOENT, symbol, f"session {name!r}")
         if meanwhile is not None and not self._luo.kernel.release.luo_retrieve_holds_list:

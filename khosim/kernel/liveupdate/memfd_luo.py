@@ -179,11 +179,9 @@ class MemfdLuoHandler(FileHandler):
         try:
             if ser.seals & ~MEMFD_LUO_ALL_SEALS:
                 raise KernelError(errno.EOPNOTSUPP, symbol, f"seals {ser.seals:#x}")
+            file = self._alloc_file(kernel)
             if self.layout.seals_offset:
-                file = memfd_alloc_file(kernel, "", MFD_ALLOW_SEALING)
-                file.add_seals(ser.seals)
-            else:
-                file = memfd_alloc_file(kernel, "", 0)
+                file.add_seals(ser.seals)  # which no such file refuses
             file.vfs_setpos(ser.pos)
             file.inode.i_size = ser.size
             if ser.nr_folios:
@@ -225,6 +223,14 @@ class MemfdLuoHandler(FileHandler):
         if kernel.trace is not None:
             kernel.emit("memfd_luo_finish", {"phys": phys, "nr_folios": ser.nr_folios}, None)
 
+    def _alloc_file(self, kernel: Kernel) -> Memfd:
+        flags = MFD_ALLOW_SEALING if self.layout.seals_offset else 0
+        try:
+            return memfd_alloc_file(kernel, "", flags)
+        except KernelError as refused:
+            kernel.printk(f"memfd_luo: failed to setup file: -{refused.name}")
+            raise
+
     def _load(self, kernel: Kernel, phys: int) -> MemfdLuoSer:
         size = self.layout.ser_bytes
         return unpack_memfd_luo_ser(kernel.ram.read(kernel.virt(phys, size), size), 0, self.layout)
@@ -241,7 +247,11 @@ def _preserve_folios(file: Memfd, slot: KhoVmallocSlot) -> tuple[VmStruct | None
     if array is None:
         raise KernelError(errno.ENOMEM, symbol, f"an array of {max_folios} pointers")
     try:
-        runs = memfd_pin_folios(file, 0, inode.i_size - 1, max_folios)
+        try:
+            runs = memfd_pin_folios(file, 0, inode.i_size - 1, max_folios)
+        except KernelError as refused:
+            kernel.printk(f"memfd_luo: failed to pin folios: {-refused.errno}")
+            raise
         try:
             return _preserve_pinned(kernel, inode, runs, slot)
         except KernelError:

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from khosim.kernel.page_cache import CacheRun
     from khosim.kernel.vmalloc import VmStruct
 
-__all__ = ("RecordRun", "discard_folios", "folio_runs", "read_records", "write_records")
+__all__ = (
+    "RecordRun",
+    "discard_folios",
+    "folio_runs",
+    "read_records",
+    "record_number",
+    "write_records",
+)
 
 Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 Table = np.ndarray[tuple[int, int], np.dtype[np.uint64]]
@@ -130,6 +137,19 @@ def read_records(
             yield from _runs(words, pfn_steps[: len(words) - 1], index_steps[: len(words) - 1])
 
 
+def record_number(kernel: Kernel, area: VmStruct, nr_folios: int, pfn: int, pgoff: int) -> int:
+    """Which of the records in ``area`` is the first of the folio at ``pfn`` and page ``pgoff``."""
+    done = 0
+    for phys, size_bytes in area.pieces(0, nr_folios * MEMFD_LUO_FOLIO_SER_BYTES):
+        words = kernel.ram.view(phys, size_bytes).view("<u8").reshape(-1, 2)
+        is_it = (words[:, 0] & np.uint64(_PFN_MASK) == pfn) & (words[:, 1] == pgoff)
+        found = np.flatnonzero(is_it)
+        if len(found):
+            return done + int(found[0])
+        done += len(words)
+    raise ValueError(f"no record of pfn {pfn:#x} at page {pgoff:#x}")
+
+
 def _runs(
     words: Table, pfn_steps: Words, index_steps: Words
 ) -> Iterator[tuple[int, int, int, int, int]]:
@@ -193,4 +213,5 @@ def discard_folios(kernel: Kernel, runs: Iterable[RecordRun], *, warn: bool) -> 
             if restored is not None:
                 kernel.pages.free_pages(*restored)
             elif warn:
-                kernel.printk(f"Unable to restore folio at physical address: {head << shift:x}")
+                phys = head << shift
+                kernel.printk(f"memfd_luo: Unable to restore folio at physical address: {phys:x}")

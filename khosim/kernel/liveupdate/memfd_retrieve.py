@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 from khosim.abi.memfd import MEMFD_LUO_FOLIO_DIRTY, MEMFD_LUO_FOLIO_UPTODATE
 from khosim.errors import KernelError
 from khosim.kernel.folio_range import FolioRun, is_plain_incoming, restore_folio_range
-from khosim.kernel.liveupdate.memfd_records import RecordRun, discard_folios, folio_runs
+from khosim.kernel.liveupdate.memfd_records import (
+    RecordRun,
+    discard_folios,
+    folio_runs,
+    record_number,
+)
 from khosim.kernel.page_cache import CacheRun
 
 if TYPE_CHECKING:
@@ -45,10 +50,15 @@ def retrieve_folios(file: Memfd, records: VmStruct, nr_folios: int) -> None:
         added += nr_pages
         for number, run in enumerate(() if nr_pages else batch):
             nr_pages, done, error = _add_batch(inode, [run]), run.nr_folios, 0
+            symptom = ""
             if not nr_pages:
-                done, error = _add_run(inode, run)
+                done, error, symptom = _add_run(inode, run)
             added += done << run.order if release.memfd_accounts_pages else done
             if error:
+                lost = run.tail(done)
+                if symptom:
+                    at = record_number(kernel, records, nr_folios, lost.pfn, lost.pgoff)
+                    kernel.printk(f"memfd_luo: shmem: failed to {symptom.format(at)}: {error}")
                 # The refused folio is gone already; put_folios: the ones behind it.
                 rest = [run.tail(done + 1)] if done + 1 < run.nr_folios else []
                 behind = chain(rest, batch[number + 1 :], runs)
@@ -118,30 +128,37 @@ def _cache_run(run: RecordRun, pfn: int, order: int) -> CacheRun:
     )
 
 
-def _add_run(inode: ShmemInode, run: RecordRun) -> tuple[int, int]:
-    # Folio by folio: (folios added, error of the next one).
+def _add_run(inode: ShmemInode, run: RecordRun) -> tuple[int, int, str]:
+    # Folio by folio: (folios added, error of the next one, what the log says of it).
     kernel = inode.kernel
     for done in range(run.nr_folios):
         one = run.tail(done)._replace(nr_folios=1)
         phys = one.pfn << kernel.arch.page_shift
         restored = kernel.kho_in.restore_folio(phys)
         if restored is None:
-            kernel.printk(f"Unable to restore folio at physical address: {phys:x}")
-            return done, -errno.EIO
-        error = _add_folio(inode, _cache_run(one, *restored))
+            kernel.printk(f"memfd_luo: Unable to restore folio at physical address: {phys:x}")
+            return done, -errno.EIO, ""
+        error, symptom = _add_folio(inode, _cache_run(one, *restored))
         if error:
-            return done, error
-    return run.nr_folios, 0
+            return done, error, symptom
+    return run.nr_folios, 0, ""
 
 
-def _add_folio(inode: ShmemInode, folio: CacheRun) -> int:
-    error = inode.add_to_page_cache(folio)
+def _add_folio(inode: ShmemInode, folio: CacheRun) -> tuple[int, str]:
+    # The error, and what failed, with a place for the record's number.
+    symptom = "charge folio index {}"
+    error = inode.charge()
     if not error:
-        is_paged = inode.kernel.release.memfd_accounts_pages
-        error = inode.acct_blocks(1 << folio.order if is_paged else 1)
+        symptom = "add to page cache folio index {}"
+        error = inode.add_to_page_cache(folio)
+    if not error:
+        nr_pages = 1 << folio.order if inode.kernel.release.memfd_accounts_pages else 1
+        symptom = f"account folio index {{}}({nr_pages} pages)"
+        if not inode.kernel.release.memfd_accounts_pages:
+            symptom = "account folio index {}"
+        error = inode.acct_blocks(nr_pages)
         if error:
             inode.mapping.take(folio.index, folio.end)
     if error:
-        inode.kernel.printk(f"shmem: failed to add folio index {folio.index}: {error}")
         inode.kernel.pages.free_pages(folio.pfn, folio.order)
-    return error
+    return error, symptom
