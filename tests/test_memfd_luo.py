@@ -613,6 +613,18 @@ def test_flags_are_taken_over() -> None:
     assert again.read(0, 3 * PAGE) == bytes(2 * PAGE) + b"a" * PAGE
 
 
+def test_holes_that_cannot_be_filled() -> None:
+    """-ENOMEM from pinning, which the log tells; the file is free to change again."""
+    _, kernel = boot()
+    file = memfd(kernel, "f")
+    file.ftruncate(40 * PAGE)
+    kernel.pages.fail = lambda order, owner: owner == "shmem_alloc_folio"
+    refused(errno.ENOMEM, preserve, file)
+    kernel.pages.fail = None
+    assert kernel.messages[-1] == "memfd_luo: failed to pin folios: -12"
+    file.ftruncate(0)
+
+
 @pytest.mark.parametrize(
     ("symbol", "error", "lost", "told"),
     [

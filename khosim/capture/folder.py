@@ -114,7 +114,9 @@ class Capture:
         self.path = Path(path)
         place = self.path / "capture.json"
         if not self.path.is_dir():
-            cause = "not a folder" if self.path.exists() else "no such folder"
+            cause = "no such folder"
+            if self.path.exists():
+                cause = "not a folder, as captures are; khosim inspect decodes single files"
             raise InputError(str(path), cause)
         facts = _read_json(place)
         release, arch = facts.get("release"), facts.get("arch", "x86_64")
