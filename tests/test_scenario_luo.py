@@ -273,6 +273,7 @@ def test_wrong_steps_are_told_in_one_line(steps: str, cause: str) -> None:
         (f'{GUEST}, {{ do = "stop", name = "vm" }}, {SESSION}', "no 'vm' runs in generation 0"),
         ('{ do = "write", guest = "*" }', "no guest runs in generation 0"),
         (f'{DEVICE}, {{ do = "check", guest = "nic" }}', "'nic' is no guest"),
+        (f'{DEVICE}, {{ do = "check", guest = "*" }}', "step 2: no guest runs here"),
         (f'{GUEST}, {{ do = "device", name = "vm" }}', "'vm' is no device of this kernel"),
     ],
 )

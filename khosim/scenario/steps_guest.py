@@ -74,7 +74,8 @@ def running_guests(player: Player, name: str, place: str) -> list[tuple[Guest, M
         if isinstance(carried, Guest) and memfd is not None:
             found.append((carried, memfd))
     if not found:
-        raise InputError(place, f"{name!r} is no guest")
+        what = "no guest runs here" if name == ALL else f"{name!r} is no guest"
+        raise InputError(place, what)
     return found
 
 
