@@ -9,6 +9,7 @@ import pytest
 
 from khosim.errors import InputError
 from khosim.scenario.facts import StepRecord
+from khosim.scenario.files import Device, DeviceFile
 from khosim.scenario.parse import parse_scenario
 from khosim.scenario.play import Player, play
 from khosim.scenario.result import Result
@@ -88,6 +89,31 @@ def test_content_where_there_was_none_is_found() -> None:
     page = next(page for page in range(1 << 10) if page not in guest.pages)
     guest.memfd.store((page << 12) + 4095, b"!")
     assert guest.content_fault(guest.memfd) == f"page {page:#x} is not empty any more"
+
+
+@pytest.mark.parametrize(
+    ("note", "value", "fault"),
+    [
+        ("size", 1, "size 0x400000, not 0x1"),
+        ("position", 5, "position 0x0, not 0x5"),
+        ("seals", 4, "seals 0x0, not 0x4"),
+        ("folios", [], "its folios are not those that were handed over"),
+        ("keys", None, "page "),
+    ],
+)
+def test_each_attribute_is_compared(note: str, value: object, fault: str) -> None:
+    """What comes back is held against the notes: with another note it is found to differ."""
+    player = Player(parse_scenario(_text(f"{GUEST}, {SESSION}", TAKE), "test"))
+    for _ in player.generations():
+        pass
+    guest: Any = player.files["vm"]
+    assert guest.fault(guest.memfd) == ""
+    setattr(guest, note, guest.keys[::-1] if value is None else value)
+    assert guest.fault(guest.memfd).startswith(fault)
+    device = Device("nic", 7)
+    assert device.fault(guest.memfd) == "a Memfd came back, not a device"
+    assert device.fault(DeviceFile(player.kernel, "nic", 8)) == "its value is 0x8, not 0x7"
+    assert guest.fault(DeviceFile(player.kernel, "nic", 8)) == "a DeviceFile came back, not a memfd"
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class Guest(Carried):
             ("seals", file.seals, self.seals),
         ):
             if found != wanted:
-                return f"the {what} is {found:#x}, not {wanted:#x}"
+                return f"{what} {found:#x}, not {wanted:#x}"
         if folio_rows(file) != self.folios:
             return "its folios are not those that were handed over"
         return self.content_fault(file)
