@@ -222,3 +222,44 @@ def test_any_records_are_read_as_they_stand(records: list[tuple[int, int, int]])
         for n in range(count)
     ]
     assert seen == [ser for ser in sers if ser.pfn]
+
+
+@pytest.mark.parametrize("as_pages", [False, True])
+@pytest.mark.parametrize("order", [2, 11])
+@pytest.mark.parametrize(
+    "switch",
+    ["page_magic=off", "restore_clears_private=off", "restore_inits_refcounts=off",
+     "restore_pages_compound=on", "restore_order_cap=on"],
+)  # fmt: skip
+def test_a_range_is_restored_as_the_release_restores(
+    switch: str, order: int, as_pages: bool
+) -> None:
+    """With each way of restoring that a release can have, a range is its blocks one by one."""
+    results = []
+    for whole in (False, True):
+        machine = Machine("128M", checks=False)
+        kernel = machine.boot(f"7.3+{switch}", cmdline="kho=on")
+        pfns = [(48 << 8) + (n << order) for n in range(3)]
+        for pfn in pfns:
+            kernel.kho_out.preserve_folio(pfn, order)
+        successor = machine.kexec(kernel)
+        if whole:
+            done = restore_folio_range(successor, pfns[0], 3, order, as_pages=as_pages)
+        else:
+            done = 0
+            for pfn in pfns:
+                kho_in = successor.kho_in
+                fine = (
+                    kho_in.restore_pages(pfn << 12, 1 << order)
+                    if as_pages
+                    else kho_in.restore_folio(pfn << 12)
+                )
+                if fine is None:
+                    break
+                done += 1
+        pages = [successor.page(pfn + n) for pfn in pfns for n in range(1 << order)]
+        states = [(page.kind, page.refcount, page.compound) for page in pages]
+        managed = [zone.managed_pages for zone in successor.pages.zones]
+        private = dict(successor.pages.pages.private)
+        results.append((done, states, managed, private))
+    assert results[0] == results[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -235,3 +236,26 @@ def test_the_table_in_the_docs_is_the_data():
         values = [getattr(RELEASES[release], name) for release in MAINLINE]
         shown = [words.get(str(value), str(value)) for value in values]
         assert [cell.strip() for cell in cells.split("|")] == shown, name
+
+
+def test_what_it_handed_over_can_be_inspected(tmp_path, capsys):
+    """``khosim inspect --release FILE.py`` reads the list; without, it knows of no handover."""
+    machine = Machine("64M")
+    kernel = machine.boot(RELEASE, cmdline="kho=on kho_scratch=16M,8M,8M")
+    folio = kernel.alloc_folio(2)
+    kernel.kho_preserve_folio(folio)
+    machine.load_successor(kernel)
+    path = str(tmp_path / "machine.khosim")
+    machine.save(path)
+    assert main(["inspect", path, "--release", EXAMPLE, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["compatible"] == "kho-list-v1"
+    assert [folio.phys, 2] in told["preserved"]
+    assert main(["inspect", path, "--release", "7.3"]) == 2
+    assert "no handover in it" in capsys.readouterr().err
+    assert main(["inspect", path, "--release", "nowhere.py"]) == 2
+    assert capsys.readouterr().err == "khosim: --release: nowhere.py: there is no such file\n"
+    tree = tmp_path / "lone.dtb"
+    tree.write_bytes(bytes.fromhex(told["fdt"]))
+    assert main(["inspect", str(tree), "--release", EXAMPLE]) == 2
+    assert "--release: means nothing for a device tree" in capsys.readouterr().err

@@ -158,3 +158,26 @@ def test_where_the_root_table_comes_from(release, from_slab):
     kernel = Machine("64M").boot(release, cmdline="kho=on")
     owner = kernel.page(kernel.kho_out.tree.root >> 12).owner
     assert (owner == "kmalloc-4096") is from_slab
+
+
+@pytest.mark.parametrize(("release", "is_restored"), [("6.16", True), ("6.18", True),
+                                                      ("6.19", False), ("7.0", False),
+                                                      ("7.3", False)])  # fmt: skip
+def test_the_root_fdt_is_restored_at_once_or_never(release, is_restored):
+    """Up to 6.18 its page is the successor's own after boot; later it waits like any other."""
+    kernel = Machine("128M").boot(release, cmdline="kho=on")
+    successor = kernel.kexec()
+    pfn = successor.kho_in.fdt_phys >> 12
+    assert (successor.page(pfn).kind == "incoming") == (not is_restored)
+    assert ((pfn, 0) in successor.kho_in.restored) == is_restored
+
+
+def test_scratch_of_a_stable_6_18():
+    """6.18.y rounds sizes from the command line, and rounds the global area after subtracting."""
+    cmdline = "kho=on kho_scratch=3M,5M,6M"
+    sizes = {
+        name: [size for _, size in Machine("256M").boot(name, cmdline=cmdline).scratch_areas()]
+        for name in ("6.18", "6.18.y")
+    }
+    mib = 1 << 20
+    assert sizes == {"6.18": [3 * mib, 5 * mib, 6 * mib], "6.18.y": [4 * mib, 6 * mib, 6 * mib]}

@@ -16,6 +16,7 @@ from khosim.units import parse_size
 
 if TYPE_CHECKING:
     from khosim.inspect.source import Report
+    from khosim.kernel.behaviours import Release
 
 __all__ = ("HELP", "configure", "run")
 
@@ -41,6 +42,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--page-size", metavar="SIZE", help="4K, 16K or 64K (default: what makes most sense)"
     )
+    parser.add_argument(
+        "--release",
+        metavar="R",
+        help="the kernel that wrote it, such as 6.18 or a file of your own (default: what it says)",
+    )
     parser.add_argument("--no-content", action="store_true", help="do not digest files' content")
     parser.add_argument("--folios", action="store_true", help="list the folios of each file")
     form = parser.add_mutually_exclusive_group()
@@ -59,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         base_phys=_address(args.base, "--base") or 0,
         page_size=None if args.page_size is None else _page_size(args.page_size),
         content=not args.no_content,
+        release=_release(args.release),
     )
     reports, are_named = inspect_path(args.path, options)
     if args.json:
@@ -105,6 +112,17 @@ def _address(text: str | None, option: str) -> int | None:
     if value >= _PHYS_MAX:
         raise InputError(option, f"{text} is no physical address")
     return value
+
+
+def _release(text: str | None) -> Release | None:
+    if text is None:
+        return None
+    from khosim.kernel.release import find_release
+
+    try:
+        return find_release(text)
+    except InputError as error:
+        raise InputError("--release", str(error)) from None
 
 
 def _page_size(text: str) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from khosim.checks.decode import Handover, decode_handover, to_json
 from khosim.checks.decode_fdt import decode_fdt, parse_fdt
 from khosim.checks.decode_luo import Luo, decode_luo, luo_json
-from khosim.checks.decode_root import FORMATS
+from khosim.checks.decode_root import FORMATS, Format
 from khosim.checks.preserved import covers, overlaps
 from khosim.checks.reader import PAGE_SIZES, Problem, ProblemLog, Reader
 from khosim.checks.strict_root import check_layout
@@ -47,7 +47,8 @@ class Memory(NamedTuple):
     """Memory from some source. ``place`` is its path, ``kind`` what it is, in words.
 
     ``page_size`` is None where it is not known. ``fdt_hint`` is where the root FDT was,
-    ``preserve_bits`` the size of a kho-v1 bitmap, as far as the source knows.
+    ``preserve_bits`` the size of a kho-v1 bitmap, as far as the source knows. ``written`` is a
+    format that Linux does not have, and ``compatible`` how the names of root FDTs begin.
     """
 
     place: str
@@ -57,6 +58,8 @@ class Memory(NamedTuple):
     fdt_hint: int | None = None
     preserve_bits: int | None = None
     problems: tuple[Problem, ...] = ()
+    written: Format | None = None
+    compatible: bytes = b"kho-v"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +120,10 @@ def inspect_memory(
     reader, page_size = memory.reader, handover.page_size
     log = ProblemLog()
     log.extend(memory.problems)
-    log.extend(handover.problems)
+    problems = handover.problems
+    if memory.written is not None and handover.compatible == memory.compatible.decode():
+        problems = tuple(one for one in problems if one.code != "kho-compatible")
+    log.extend(problems)
     fdt = parse_fdt(handover.fdt, handover.fdt_phys)
     is_zeroed = handover.compatible not in (None, "kho-v1")
     for problem in check_layout(fdt, zeroed=is_zeroed, phys=handover.fdt_phys):
@@ -157,7 +163,8 @@ def _choose(memory: Memory, fdt_phys: int | None) -> list[_Candidate]:
     if not found:
         cause = (
             f"{memory.kind}: no handover in it (no page begins with a device tree that is "
-            "compatible with kho-v*); --fdt ADDR would name one"
+            f"compatible with {memory.compatible.decode(errors='replace')}*); --fdt ADDR would "
+            "name one"
         )
         raise InputError(memory.place, cause)
     candidates = [_decode(memory, phys) for phys in found]
@@ -172,13 +179,13 @@ def _search(memory: Memory) -> Iterator[int]:
     for phys in reader.pages_with(_MAGIC):
         try:
             size = int.from_bytes(reader.read(phys + 4, 4), "big")
-            if b"kho-v" not in reader.read(phys, min(size, _MAX_FDT_BYTES)):
+            if memory.compatible not in reader.read(phys, min(size, _MAX_FDT_BYTES)):
                 continue
         except RamFault:
             continue
         root = decode_fdt(reader, phys, _MAX_FDT_BYTES).root
         strings = () if root is None else root.strings(b"compatible")
-        if any(string.startswith(b"kho-v") for string in strings):
+        if any(string.startswith(memory.compatible) for string in strings):
             yield phys
             nr_found += 1
             if nr_found == _MAX_CANDIDATES:
@@ -191,7 +198,11 @@ def _decode(memory: Memory, phys: int) -> _Candidate:
     best: _Candidate | None = None
     for page_size in sizes:
         handover = decode_handover(
-            memory.reader, phys, page_size, preserve_bits=memory.preserve_bits
+            memory.reader,
+            phys,
+            page_size,
+            preserve_bits=memory.preserve_bits,
+            written=memory.written,
         )
         pfn = np.array([phys // page_size])
         count = handover.kexec_metadata.kexec_count if handover.kexec_metadata else -1

@@ -21,6 +21,8 @@ from khosim.capture.page_rows import PageRows
 from khosim.capture.ram_npz import read_ram_npz
 from khosim.capture.raw_image import raw_memory
 from khosim.capture.vmcore import ELF_MAGIC, read_vmcore
+from khosim.checks.formats import format_of, preserve_bits_of
+from khosim.checks.kernel_view import ReleaseView
 from khosim.checks.reader import Problem, page_shift
 from khosim.errors import InputError
 from khosim.inspect.blob import BlobReport, inspect_blob
@@ -45,6 +47,7 @@ class Options(NamedTuple):
     base_phys: int = 0
     page_size: int | None = None
     content: bool = True
+    release: ReleaseView | None = None
 
 
 class GapReport(NamedTuple):
@@ -88,20 +91,27 @@ def _folder(path: Path, options: Options) -> tuple[list[Report], bool]:
         _refuse(options, "a capture's generation", base=True)
         return [_generation(_as_generation(path, options), options)], False
     if find_debugfs(path):
-        _refuse(options, "a debugfs folder", base=True, fdt=True, page_size=True)
+        _refuse(options, "debugfs", base=True, fdt=True, page_size=True, release=True)
         return _debugfs(path)
     cause = "neither a capture (capture.json), nor a generation (ram.npz), nor debugfs (in/, out/)"
     raise InputError(str(path), cause)
 
 
 def _refuse(
-    options: Options, what: str, *, base: bool = False, fdt: bool = False, page_size: bool = False
+    options: Options,
+    what: str,
+    *,
+    base: bool = False,
+    fdt: bool = False,
+    page_size: bool = False,
+    release: bool = False,
 ) -> None:
     """Raise :class:`InputError` for options that mean nothing here."""
     for name, given, refused in (
         ("--base", options.base_phys != 0, base),
         ("--fdt", options.fdt_phys is not None, fdt),
         ("--page-size", options.page_size is not None, page_size),
+        ("--release", options.release is not None, release),
     ):
         if given and refused:
             raise InputError(name, f"means nothing for {what}")
@@ -150,7 +160,22 @@ def _generation(generation: CapturedGeneration, options: Options) -> MemoryRepor
         fdt_hint=hint if isinstance(hint, int) and 0 <= hint < 1 << 52 else None,
     )
     return inspect_memory(
-        memory, name=generation.name, fdt_phys=options.fdt_phys, content=options.content
+        _as_written(memory, options),
+        name=generation.name,
+        fdt_phys=options.fdt_phys,
+        content=options.content,
+    )
+
+
+def _as_written(memory: Memory, options: Options) -> Memory:
+    """The memory, with what is known of the kernel that wrote it."""
+    release = options.release
+    if release is None:
+        return memory
+    return memory._replace(
+        preserve_bits=preserve_bits_of(release, memory.page_size or 4096),
+        written=format_of(release),
+        compatible=release.kho_compatible.encode(),
     )
 
 
@@ -165,8 +190,9 @@ def _file(path: str, options: Options) -> Report:
     head = file.data[:16].tobytes()
     is_blob = head.startswith(_FDT_MAGIC) and file.size_bytes <= _MAX_FDT_BYTES
     if is_blob and options.fdt_phys is None and options.base_phys == 0:
+        _refuse(options, "a device tree", release=True)
         return inspect_blob(file.data.tobytes(), path)
-    memory = _memory(file, head, options)
+    memory = _as_written(_memory(file, head, options), options)
     return inspect_memory(memory, fdt_phys=options.fdt_phys, content=options.content)
 
 

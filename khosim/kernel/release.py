@@ -164,6 +164,13 @@ _STABLE = (
     _V617.evolve(
         name="6.17.9", uname="6.17.9", fill_kimage="finalized", unpreserve_missing="return"
     ),
+    _V618.evolve(
+        name="6.18.y",
+        uname="6.18.30",
+        scratch_skips_memoryless=True,
+        scratch_explicit_rounded=True,
+        scratch_rounds_first=False,
+    ),
     _V70.evolve(name="7.0.y", uname="7.0.10", fill_crash_image=False, add_subtree_unwinds=True),
 )
 
