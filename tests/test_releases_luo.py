@@ -8,6 +8,8 @@ from khosim import KernelError, Machine
 from khosim.inspect.blob import inspect_blob
 from khosim.kernel.kexec import kernel_kexec
 from khosim.kernel.liveupdate.file_ops import FileHandler
+from khosim.kernel.liveupdate.flb_ops import Flb
+from khosim.kernel.module import Module
 from khosim.kernel.release import find_release
 
 CMDLINE = "kho=on liveupdate=on"
@@ -174,3 +176,33 @@ def test_a_root_fdt_alone_is_sound(release):
     kernel.finalize()
     fdt = kernel.kexec().debugfs.read("in/fdt")
     assert inspect_blob(fdt, "in", name="fdt").damage == []
+
+
+@pytest.mark.parametrize(("release", "held"), [("7.0", 1), ("7.1", 0)])
+def test_who_is_registered_holds_a_module(release, held):
+    """76be9983df33: up to 7.0 registering takes a reference, and unregistering gives it back."""
+
+    class Handler(FileHandler):
+        compatible = "thing-v1"
+        owner = Module("driver")
+
+        def nothing(self, args):
+            """Do nothing."""
+
+        can_preserve = preserve = unpreserve = retrieve = finish = nothing
+
+    class Shared(Flb):
+        compatible = "shared-v1"
+        owner = Module("shared")
+        preserve = unpreserve = retrieve = finish = Handler.nothing
+
+    _, kernel = boot(release)
+    handler, flb = Handler(), Shared()
+    for _ in range(2):
+        kernel.liveupdate.register_file_handler(handler)
+        kernel.liveupdate.register_flb(handler, flb)
+        assert (Handler.owner.refcnt, Shared.owner.refcnt) == (held, held)
+        kernel.liveupdate.unregister_flb(handler, flb)
+        assert (Handler.owner.refcnt, Shared.owner.refcnt) == (held, 0)
+        kernel.liveupdate.unregister_file_handler(handler)
+        assert Handler.owner.refcnt == 0
