@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 
+import numpy as np
 import pytest
 
-from khosim import KernelPanic, Machine
+from khosim import KernelError, KernelPanic, Machine
+from khosim.kernel.image import KernelConfig
 from khosim.kernel.kho_chunks import KhoChunks
 from khosim.kernel.kho_radix import KhoRadixTree
 from khosim.kernel.kho_scratch import ScratchSizes
@@ -181,3 +183,40 @@ def test_scratch_of_a_stable_6_18():
     }
     mib = 1 << 20
     assert sizes == {"6.18": [3 * mib, 5 * mib, 6 * mib], "6.18.y": [4 * mib, 6 * mib, 6 * mib]}
+
+
+@pytest.mark.parametrize(
+    ("release", "is_checked"),
+    [("6.18", True), ("7.0", True), ("6.18+scratch_overlap_checked=off", False)],
+)
+def test_a_page_for_the_map_may_not_be_scratch(release, is_checked, monkeypatch):
+    """e38f65d317df, with DEBUG: a bitmap's page out of scratch is -EINVAL, and is given back."""
+    config = KernelConfig(release=find_release(release), debug=True)
+    kernel = Machine("128M", checks=False).boot(config=config, cmdline="kho=on")
+    folio = kernel.alloc_folio(3)
+    scratch_pfn = kernel.scratch_areas()[0][0] >> 12
+    freed = []
+    monkeypatch.setattr(type(kernel.pages), "alloc_pages", lambda *them: scratch_pfn)
+    monkeypatch.setattr(type(kernel.pages), "free_pages", lambda self, *page: freed.append(page))
+    if is_checked:
+        with pytest.raises(KernelError, match="EINVAL"):
+            kernel.kho_preserve_folio(folio)
+        assert freed == [(scratch_pfn, 0)]
+        assert any("xa_load_or_alloc" in line for line in kernel.messages)
+    else:
+        kernel.kho_preserve_folio(folio)
+        assert freed == []
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_folios_by_the_array_are_checked_as_well(is_checked):
+    """With DEBUG none of many folios may lie in scratch; those before it stay as they were."""
+    release = find_release("7.3").evolve(scratch_overlap_checked=is_checked)
+    config = KernelConfig(release=release, debug=True)
+    kernel = Machine("128M", checks=False).boot(config=config, cmdline="kho=on")
+    pfns = np.array([kernel.alloc_folio().pfn, kernel.scratch_areas()[0][0] >> 12], dtype=np.int64)
+    if is_checked:
+        with pytest.raises(KernelError, match="EINVAL"):
+            kernel.kho_out.preserve_folios(pfns, 0)
+    else:
+        kernel.kho_out.preserve_folios(pfns, 0)
