@@ -220,3 +220,13 @@ def test_folios_by_the_array_are_checked_as_well(is_checked):
             kernel.kho_out.preserve_folios(pfns, 0)
     else:
         kernel.kho_out.preserve_folios(pfns, 0)
+
+
+def test_a_block_of_2_gib_bears_the_magic_too():
+    """7.1 reserves it with a negative size, and marks it like any other: it can be restored."""
+    cmdline = "kho=on kho_scratch=64M,64M,64M reserve_mem=2G:2G:guest"
+    kernel = Machine("8G", checks=False).boot("7.1", cmdline=cmdline)
+    start, size = kernel.reserve_mem.find_by_name("guest")
+    assert (start % (2 * GIB), size) == (0, 2 * GIB)
+    successor = kernel.kexec()
+    assert successor.pages.pages.private[start >> 12] == 0x4B48_4F50 << 32 | 19
