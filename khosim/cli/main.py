@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ("COMMANDS", "main")
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "explore": ("khosim.cli.explore", "search for what breaks a release, and show it in a program"),
     "run": ("khosim.cli.run", "hand over from kernel to kernel and check every invariant"),
     "memblock": ("khosim.cli.memblock", "run memblock call sequences from a file"),
     "replay": ("khosim.cli.replay", "make a real boot's memblock calls again and compare"),

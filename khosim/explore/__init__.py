@@ -1,0 +1,1 @@
+"""What breaks: programs over the public API, drawn and judged by a machine."""

@@ -1,0 +1,53 @@
+"""The kinds of steps: what each looks like, when an author may take it, and what it changes.
+
+``choices`` lists the arguments that are lawful now, at boundary values derived from the machine and
+the formats; a placeholder :data:`NEW` stands for the name of what the step defines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from khosim.explore.world import World
+
+__all__ = ("NEW", "Args", "Kind", "is_lawful")
+
+Args = tuple[Any, ...]
+NEW = "?"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of step.
+
+    ``group`` is what a search switches on and off together. ``source`` gives the statements,
+    ``done`` and ``refused`` keep the books. ``errnos`` are the documented refusals of a lawful
+    call; with a fault, -ENOMEM is one more.
+    """
+
+    name: str
+    group: str
+    choices: Callable[[World], Sequence[Args]]
+    source: Callable[..., str]
+    done: Callable[[World, Args], None]
+    refused: Callable[[World, Args], None] | None = None
+    letter: str = ""
+    errnos: frozenset[str] = field(default_factory=frozenset)
+    weight: int = 4
+    can_fail: bool = True
+    """It asks for memory, which a fault may refuse."""
+    takes_any: bool = False
+    """Any arguments are lawful, not only the listed ones: what goes onto a command line."""
+
+
+def is_lawful(world: World, kind: Kind, args: Args) -> bool:
+    """Whether the author of ``world`` may take this step now."""
+    if kind.letter:
+        if args[0] in world.items:
+            return False
+        args = (NEW, *args[1:])
+    choices = kind.choices(world)
+    return bool(choices) if kind.takes_any else args in choices

@@ -1,0 +1,204 @@
+"""What a user may expect beyond the checkers' invariants, judged from RAM and page maps.
+
+* ``preserved-is-held``: no preserved page is on a free list.
+* ``region-preserved``: a reserve_mem region is preserved with every byte of it.
+* ``kernel-warned``: the kernel's own checks stay silent.
+* ``all-given-back``: who has given everything back has left nothing behind, preserved or held.
+* ``huge-pages-outside-scratch``: huge pages, which nobody can move, are not in scratch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from khosim.checks.decode import decode_handover
+from khosim.checks.formats import format_of
+from khosim.checks.history import History
+from khosim.checks.look import AT_ANY_TIME, Look
+from khosim.checks.ranges import both, merged, minus, page_ranges, pairs
+from khosim.checks.violation import Violation
+from khosim.explore.expectations import is_expected_leak, is_expected_message
+
+if TYPE_CHECKING:
+    from khosim.checks.kernel_view import KernelView
+    from khosim.checks.ranges import Ranges
+    from khosim.kernel.kernel import Kernel
+    from khosim.machine.hardware import Hardware
+
+__all__ = ("Baseline", "is_warning", "oracles")
+
+_WARNINGS = ("WARNING:", "BUG:", "refcount_t:", "kernel BUG", "list_del", "Bad page")
+_REPORTED_MAX = 4
+
+
+def is_warning(message: str) -> bool:
+    """Whether a line of the kernel log is one of the kernel's own alarms."""
+    return message.startswith(_WARNINGS) or "refcount_t" in message
+
+
+def _held(kernel: KernelView, *kinds: str) -> Ranges:
+    starts, ends, states = kernel.pages.pages.columns()
+    pieces = [
+        (start, end)
+        for start, end, state in zip(starts, ends, states, strict=True)
+        if not kinds or state.kind in kinds
+    ]
+    return merged(page_ranges(pieces, 0)) if pieces else merged()
+
+
+def _by_owner(kernel: KernelView) -> dict[str, int]:
+    starts, ends, states = kernel.pages.pages.columns()
+    found: dict[str, int] = {}
+    for start, end, state in zip(starts, ends, states, strict=True):
+        if state.kind == "allocated":
+            found[state.owner] = found.get(state.owner, 0) + end - start
+    return found
+
+
+class Baseline(NamedTuple):
+    """A kernel as it came up: pages it preserves by then, and pages by owner."""
+
+    generation: int
+    preserved: Ranges
+    by_owner: dict[str, int]
+
+    @classmethod
+    def of(cls, hardware: Hardware, kernel: Kernel) -> Baseline:
+        """Of a kernel that has just booted."""
+        return cls(kernel.generation, _preserved(hardware, kernel), _by_owner(kernel))
+
+
+def _preserved(hardware: Hardware, kernel: Kernel) -> Ranges:
+    outgoing = Look(hardware, kernel, AT_ANY_TIME, History()).outgoing
+    return merged() if outgoing is None else outgoing.covered
+
+
+def oracles(
+    hardware: Hardware, kernel: Kernel, baseline: Baseline | None, *, drained: bool
+) -> list[Violation]:
+    """All of the above, now."""
+    preserved = _preserved(hardware, kernel)
+    found = _warned(kernel)
+    found += _is_held(hardware, kernel, preserved)
+    found += _regions(hardware, kernel, preserved)
+    found += _huge_pages(hardware, kernel)
+    if drained and baseline is not None and baseline.generation == kernel.generation:
+        found += _given_back(hardware, kernel, preserved, baseline)
+    return found
+
+
+def _warned(kernel: Kernel) -> list[Violation]:
+    return [
+        Violation("kernel-warned", message, kernel.generation)
+        for message in kernel.messages
+        if is_warning(message) and not is_expected_message(message)
+    ][:_REPORTED_MAX]
+
+
+def _is_held(hardware: Hardware, kernel: Kernel, preserved: Ranges) -> list[Violation]:
+    shift = hardware.page_shift
+    free = minus(preserved, _held(kernel))
+    return [
+        Violation(
+            "preserved-is-held",
+            f"page {start << shift:#x} (pfn {start:#x}, {end - start} pages) is preserved and free",
+            kernel.generation,
+            start << shift,
+        )
+        for start, end in pairs(free, _REPORTED_MAX)
+    ]
+
+
+def _regions(hardware: Hardware, kernel: Kernel, preserved: Ranges) -> list[Violation]:
+    if not kernel.kho_enable or any("failed to prepare memblock" in m for m in kernel.messages):
+        return []
+    found = []
+    shift = hardware.page_shift
+    for name, start, size in kernel.reserve_mem.regions:
+        if not size:
+            continue
+        missing = minus(merged(page_ranges([(start, start + size)], shift)), preserved)
+        for first, end in pairs(missing, 1):
+            text = (
+                f"reserve_mem region {name!r} of {size} bytes: {end - first} of its pages are not "
+                f"preserved, from page {first << shift:#x}"
+            )
+            owner = f"reserve_mem {name}"
+            found.append(
+                Violation("region-preserved", text, kernel.generation, first << shift, owner)
+            )
+    return found
+
+
+def _huge_pages(hardware: Hardware, kernel: Kernel) -> list[Violation]:
+    areas = kernel.scratch_areas() if kernel.kho_scratch_phys else []
+    if not areas or not kernel.huge_pages:
+        return []
+    shift = hardware.page_shift
+    starts, ends, states = kernel.pages.pages.columns()
+    huge = [
+        (start, end)
+        for start, end, state in zip(starts, ends, states, strict=True)
+        if state.owner.startswith("hugetlb")
+    ]
+    if not huge:
+        return []
+    scratch = merged(page_ranges([(addr, addr + size) for addr, size in areas], shift))
+    shared = both(merged(page_ranges(huge, 0)), scratch)
+    return [
+        Violation(
+            "huge-pages-outside-scratch",
+            f"page {start << shift:#x} (pfn {start:#x}, {end - start} pages) is a huge page in "
+            "scratch",
+            kernel.generation,
+            start << shift,
+            "hugetlb",
+        )
+        for start, end in pairs(shared, 1)
+    ]
+
+
+def _given_back(
+    hardware: Hardware, kernel: Kernel, preserved: Ranges, baseline: Baseline
+) -> list[Violation]:
+    shift, generation = hardware.page_shift, kernel.generation
+    found = []
+    for start, end in pairs(minus(preserved, baseline.preserved), _REPORTED_MAX):
+        text = (
+            f"page {start << shift:#x} (pfn {start:#x}, {end - start} pages) is preserved still, "
+            "though all was given back"
+        )
+        found.append(Violation("all-given-back", text, generation, start << shift))
+    for owner, nr_pages in sorted(_by_owner(kernel).items()):
+        more = nr_pages - baseline.by_owner.get(owner, 0)
+        if more > 0 and not is_expected_leak(owner):
+            text = f"{more} pages of {owner} are left, though all was given back"
+            found.append(Violation("all-given-back", text, generation, -1, owner))
+    for start, end in pairs(_unreachable(hardware, kernel), _REPORTED_MAX):
+        text = (
+            f"page {start << shift:#x} (pfn {start:#x}, {end - start} pages) waits to be restored, "
+            "and nobody is left to do it"
+        )
+        found.append(Violation("all-given-back", text, generation, start << shift))
+    return found
+
+
+def _unreachable(hardware: Hardware, kernel: Kernel) -> Ranges:
+    # Incoming pages but for those that stay on purpose, each by the name of its expectation.
+    incoming = _held(kernel, "incoming")
+    if not len(incoming[0]):
+        return incoming
+    pieces: list[tuple[str, int, int]] = []
+    page = hardware.page_size
+    if kernel.kho_in.fdt_phys:
+        fdt_phys = kernel.kho_in.fdt_phys
+        handover = decode_handover(
+            hardware.ram, fdt_phys, page, written=format_of(kernel.release)
+        )
+        pieces.append(("root FDT", fdt_phys, page))
+        pieces += [(f"subtree {name}", *where) for name, where in handover.subtrees.items()]
+    if kernel.release.luo and kernel.liveupdate.flb.incoming_pa:
+        pieces.append(("page of shared objects", kernel.liveupdate.flb.incoming_pa, page))
+    pieces += [(f"reserve_mem {name}", at, size) for name, at, size in kernel.reserve_mem.regions]
+    stays = [(start, start + size) for name, start, size in pieces if is_expected_leak(name)]
+    return minus(incoming, merged(page_ranges(stays, hardware.page_shift)))

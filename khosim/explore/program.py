@@ -1,0 +1,111 @@
+"""A program as text: what to print, and the trace of what happened in it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from khosim.explore.kinds import is_lawful
+from khosim.explore.search import KINDS, is_drained
+from khosim.explore.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from khosim.explore.world import Problem, Step
+    from khosim.kernel.behaviours import Release
+    from khosim.kernel.trace import Event
+
+__all__ = ("Told", "tell")
+
+_KIT = ("Stage", "Token", "audit", "failing", "failing_boot", "ledger")
+_NOISE = ("kho_radix_alloc_node", "kho_preserved_memory_reserve", "kexec_add_buffer")
+_TRACE_LINES = 10
+_NUMBER = re.compile(r"0x[0-9a-f]+")
+
+
+class Told:
+    """``program`` as text to run, ``trace`` as lines: the events that have to do with it."""
+
+    __slots__ = ("program", "trace")
+
+    def __init__(self, program: str, trace: list[str]) -> None:
+        self.program = program
+        self.trace = trace
+
+
+def tell(steps: Sequence[Step], problem: Problem, release: str | Release) -> Told:
+    """The program of ``steps``, which shows ``problem``; it is carried out once more."""
+    world = World(KINDS, release, listens=True)
+    blocks: list[tuple[str, Step, str]] = []
+    for step in steps:
+        kind = KINDS[step.kind]
+        assert is_lawful(world, kind, step.args)
+        source = kind.source(world, *step.args)
+        blocks.append((source, step, world.run(step)))
+        if world.is_over:
+            break
+    drained = not world.is_over and is_drained(world)
+    lines: list[str] = []
+    for source, step, errno in blocks:
+        lines += _block(source, step, errno, problem)
+    if problem.invariant not in ("promise-kept", "kernel-panic", "errno-as-documented"):
+        arguments = "machine, drained=True" if drained else "machine"
+        lines.append(f'print(*audit({arguments}), sep="\\n")')
+    return Told(_whole(lines), _trace(world.events, problem))
+
+
+def _block(source: str, step: Step, errno: str, problem: Problem) -> list[str]:
+    wrap = []
+    if step.fault:
+        wrap.append(f"failing{'_boot(machine' if step.boot else '(kernel'}, {step.fault})")
+    if errno and problem.invariant != "errno-as-documented":
+        wrap.append("suppress(KernelError, AssertionError)")
+    lines = source.splitlines()
+    if not wrap:
+        return lines
+    imports = [line for line in lines if line.startswith("from ")]
+    said = f"  # -{errno}" if errno else ""
+    body = [f"    {line}" for line in lines if not line.startswith("from ")]
+    return [*imports, f"with {', '.join(wrap)}:{said}", *body]
+
+
+def _whole(lines: list[str]) -> str:
+    imports = {line for line in lines if line.startswith("from ")}
+    body = [line for line in lines if not line.startswith("from ")]
+    text = "\n".join(body)
+    used = [name for name in _KIT if re.search(rf"\b{name}\(", text)]
+    head = []
+    if "suppress(" in text:
+        head = ["from contextlib import suppress", ""]
+        imports.add("from khosim import KernelError")
+    imports.add(f"from khosim.explore.kit import {', '.join(used)}")
+    return "\n".join([*head, *sorted(imports), "", *body]) + "\n"
+
+
+def _trace(events: list[Event], problem: Problem) -> list[str]:
+    wanted = {int(text, 16) for text in _NUMBER.findall(problem.message)}
+    told = [event for event in events if event.symbol not in _NOISE]
+    chosen = [event for event in told if wanted & _numbers(event)] if wanted else []
+    if len(chosen) < 3:
+        chosen = told
+    return [_line(event) for event in chosen[-_TRACE_LINES:]]
+
+
+def _numbers(event: Event) -> set[int]:
+    found = {value for value in event.args.values() if isinstance(value, int)}
+    if isinstance(event.result, int):
+        found.add(event.result)
+    return {value for value in found if value > 0xFF}
+
+
+def _line(event: Event) -> str:
+    def show(value: object) -> str:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0xFFF:
+            return f"{value:#x}"
+        return str(value)
+
+    if event.symbol == "printk":
+        return f"{event.generation} log: {event.args['message']}"
+    args = ", ".join(f"{name}={show(value)}" for name, value in event.args.items())
+    return f"{event.generation} {event.symbol}({args}) = {show(event.result)}"

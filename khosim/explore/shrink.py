@@ -1,0 +1,179 @@
+"""Findings: what spoke, told by cause, with the shortest program that still makes it speak."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from khosim.explore.search import KINDS, problems_of, replay
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from khosim.explore.world import Problem, Step
+    from khosim.kernel.behaviours import Release
+
+__all__ = ("Finding", "cause_of", "shape", "shrink")
+
+_NUMBERS = re.compile(r"0x[0-9a-f]+|(?<=pfn:)[0-9a-f]+|\b\d+\b|\b[a-z]\d+(?=_|\b)")
+_QUOTED = re.compile(r"'[^']*'")
+_EVALUATIONS_MAX = 150
+
+
+@dataclass
+class Finding:
+    """One cause: what spoke, the shape of its words, the shortest program, and where it is from."""
+
+    problem: Problem
+    shape: str
+    steps: list[Step]
+    seed: str
+    release: str | Release
+    count: int = 1
+    kinds: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def invariant(self) -> str:
+        """Which invariant spoke."""
+        return self.problem.invariant
+
+
+def shape(text: str) -> str:
+    """Words without numbers, names and addresses."""
+    return _QUOTED.sub("'...'", _NUMBERS.sub("#", text))[:160]
+
+
+def cause_of(problem: Problem) -> tuple[str, str]:
+    """What findings are grouped by before they are shrunk."""
+    return problem.invariant, shape(problem.message)
+
+
+def shrink(
+    steps: list[Step], cause: tuple[str, str], release: str | Release
+) -> tuple[list[Step], Problem] | None:
+    """The shortest lawful part of a program in which ``cause`` speaks, with simple arguments.
+
+    None where the program as it stands does not show it again.
+    """
+    budget = [_EVALUATIONS_MAX]
+
+    def shows(some: list[Step]) -> Problem | None:
+        budget[0] -= 1
+        world = replay(some, release)
+        return next((p for p in problems_of(world) if cause_of(p) == cause), None)
+
+    best = shows(steps)
+    if best is None:
+        return None
+    changed = True
+    while changed and budget[0] > 0:
+        changed = False
+        for passes in (_without_name, _without_some, _without_fault, _simpler):
+            at = 0
+            while budget[0] > 0:
+                candidates = passes(steps, at)
+                if candidates is None:
+                    break
+                at += 1
+                for candidate in candidates:
+                    problem = shows(candidate)
+                    if problem is not None:
+                        steps, best, changed, at = candidate, problem, True, at - 1
+                        break
+                    if budget[0] <= 0:
+                        break
+    return steps, best
+
+
+def _without_name(steps: list[Step], at: int) -> list[list[Step]] | None:
+    # All that has to do with one variable, the last one first.
+    names = [step.args[0] for step in steps if KINDS[step.kind].letter][::-1]
+    if at >= len(names):
+        return None
+    return [[step for step in steps if names[at] not in step.args]]
+
+
+def _without_some(steps: list[Step], at: int) -> list[list[Step]] | None:
+    # Some steps in a row: a quarter of all, then single ones, from the end.
+    sizes = [size for size in (len(steps) // 2, len(steps) // 4, 1) if size]
+    places = [(size, start) for size in sizes for start in range(len(steps) - size, 0, -size)]
+    if at >= len(places):
+        return None
+    size, start = places[at]
+    return [steps[:start] + steps[start + size :]]
+
+
+def _without_fault(steps: list[Step], at: int) -> list[list[Step]] | None:
+    if at >= len(steps):
+        return None
+    if not steps[at].fault:
+        return []
+    return [[*steps[:at], steps[at]._replace(fault=0, boot=False), *steps[at + 1 :]]]
+
+
+def _simpler(steps: list[Step], at: int) -> Iterator[list[Step]] | None:
+    return None if at >= len(steps) else _simpler_step(steps, at)
+
+
+def _simpler_step(steps: list[Step], i: int) -> Iterator[list[Step]]:
+    # Every lawful alternative that comes earlier in the kind's own list of choices.
+    step = steps[i]
+    kind = KINDS[step.kind]
+    if step.kind == "boot":
+        spec, line, release = step.args
+        if spec != '"64M"':
+            yield [step._replace(args=('"64M"', line, release)), *steps[1:]]
+        words = line.split()
+        for n in range(len(words)):
+            less = " ".join(words[:n] + words[n + 1 :])
+            yield [step._replace(args=(spec, less, release)), *_retold(steps[1:], words[n])]
+        return
+    if step.fault > 1:
+        for fault in range(1, step.fault):
+            yield [*steps[:i], step._replace(fault=fault), *steps[i + 1 :]]
+    if step.kind == "kexec":
+        yield from _simpler_successor(steps, i)
+        return
+    if not kind.letter:
+        return
+    world = replay(steps[:i])
+    if world is None or world.is_over:
+        return
+    for args in kind.choices(world)[:8]:
+        args = (step.args[0], *args[1:])
+        if args == step.args:
+            break
+        yield [*steps[:i], step._replace(args=args), *steps[i + 1 :]]
+
+
+def _simpler_successor(steps: list[Step], i: int) -> Iterator[list[Step]]:
+    # The same command line again; else one that differs in fewer words from the one before.
+    lines = [s.args[1] if s.kind == "boot" else s.args[0] for s in steps[:i] if _has_line(s)]
+    before, words = lines[-1].split(), steps[i].args[0].split()
+    if words == before:
+        return
+    yield [*steps[:i], steps[i]._replace(args=(lines[-1],)), *steps[i + 1 :]]
+    for word in words:
+        if word not in before:
+            less = " ".join(w for w in words if w != word)
+            yield [*steps[:i], steps[i]._replace(args=(less,)), *_retold(steps[i + 1 :], word)]
+    for word in before:
+        if word not in words:
+            more = " ".join([*words, word])
+            yield [*steps[:i], steps[i]._replace(args=(more,)), *steps[i + 1 :]]
+
+
+def _has_line(step: Step) -> bool:
+    return step.kind in ("boot", "kexec")
+
+
+def _retold(steps: list[Step], word: str) -> list[Step]:
+    # Later command lines without that word as well.
+    told = []
+    for step in steps:
+        if step.kind == "kexec":
+            line = " ".join(w for w in step.args[0].split() if w != word)
+            step = step._replace(args=(line,))
+        told.append(step)
+    return told

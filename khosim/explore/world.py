@@ -1,0 +1,268 @@
+"""A program in the making: its machine, its variables, and what its author holds.
+
+A program is a list of :class:`Step`. A step is carried out by running its source text, so that
+what is printed is what was run. :class:`World` keeps the books beside it: which folios, files and
+sessions the author holds, which of them are preserved, which wait in the successor. From these
+books the kinds of steps (:mod:`khosim.explore.kinds`) tell what a lawful author may do next.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from khosim.checks.violation import Violation
+from khosim.errors import KernelError, KernelPanic, KhoSimError
+from khosim.explore import kit
+from khosim.explore.expectations import is_expected_panic
+from khosim.explore.oracles import is_warning
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+    from khosim.explore.kinds import Kind
+    from khosim.kernel.behaviours import Release
+    from khosim.kernel.kernel import Kernel
+    from khosim.kernel.trace import Event
+
+__all__ = ("Item", "Problem", "Step", "World")
+
+
+class Step(NamedTuple):
+    """One step: its kind, its arguments (of which the first may be a name that it defines).
+
+    ``fault``: the how many-th allocation fails within; ``boot`` says that it is one of the
+    successor's boot.
+    """
+
+    kind: str
+    args: tuple[Any, ...] = ()
+    fault: int = 0
+    boot: bool = False
+
+
+class Problem(NamedTuple):
+    """What spoke: an invariant's name and words, and the number of the step that it came with."""
+
+    invariant: str
+    message: str
+    at: int
+    owner: str = ""
+
+
+class Item:
+    """Something that the author holds, by the name of its variable.
+
+    ``state`` is "held", "preserved", or "incoming" from the jump until it is restored.
+    """
+
+    __slots__ = ("facts", "kind", "name", "state")
+
+    def __init__(self, kind: str, name: str, state: str = "held", /, **facts: Any) -> None:
+        self.kind = kind
+        self.name = name
+        self.state = state
+        self.facts = facts
+
+    def __getitem__(self, key: str) -> Any:
+        return self.facts[key]
+
+    def key(self) -> tuple[Any, ...]:
+        """All of it, to compare."""
+        return self.kind, self.name, self.state, tuple(sorted(self.facts.items()))
+
+
+def _failed_line(failed: AssertionError, source: str) -> str:
+    at = failed.__traceback__
+    while at is not None and at.tb_frame.f_code.co_filename != "<program>":
+        at = at.tb_next
+    return source.splitlines()[at.tb_lineno - 1] if at is not None else source
+
+
+@lru_cache(maxsize=4096)
+def _compiled(source: str) -> CodeType:
+    return compile(source, "<program>", "exec")
+
+
+class World:
+    """A machine with a program's variables. ``items`` are what its author holds."""
+
+    def __init__(
+        self, kinds: dict[str, Kind], release: str | Release = "7.3", *, listens: bool = False
+    ) -> None:
+        self.kinds = kinds
+        self.release = release
+        self.listens = listens
+        self.vars: dict[str, Any] = {
+            name: getattr(kit, name)
+            for name in ("Stage", "Token", "audit", "failing", "failing_boot", "ledger")
+        }
+        self.vars["suppress"] = suppress
+        self.vars["KernelError"] = KernelError
+        self.items: dict[str, Item] = {}
+        self.steps: list[Step] = []
+        self.problems: list[Problem] = []
+        self.events: list[Event] = []
+        self.cmdline = ""
+        self.generation = -1
+        self.cursed = False
+        """The author did something after which less is promised, such as ``mem=``."""
+        self.symbols: set[str] = set()
+        """Kernel functions that were refused memory."""
+        self.is_over = False
+        self._names: dict[str, int] = {}
+
+    # -- what kinds ask -------------------------------------------------------------------------
+
+    @property
+    def machine(self) -> kit.Stage:
+        """The machine; there is one from the first step on."""
+        machine: kit.Stage = self.vars["machine"]
+        return machine
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel that runs."""
+        kernel: Kernel = self.vars["kernel"]
+        return kernel
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether one was booted."""
+        return "kernel" in self.vars
+
+    @property
+    def can_preserve(self) -> bool:
+        """Whether KHO is on, which its users are to ask (``kho_is_enabled``)."""
+        return self.has_kernel and self.kernel.kho_enable
+
+    def of(self, kind: str, *states: str) -> list[Item]:
+        """The items of a kind, in one of ``states`` or in any."""
+        return [
+            item
+            for item in self.items.values()
+            if item.kind == kind and (not states or item.state in states)
+        ]
+
+    def has(self, name: str, kind: str, *states: str) -> bool:
+        """Whether there is such an item."""
+        item = self.items.get(name)
+        return item is not None and item.kind == kind and (not states or item.state in states)
+
+    def add(self, kind: str, name: str, state: str = "held", /, **facts: Any) -> None:
+        """A new item."""
+        self.items[name] = Item(kind, name, state, **facts)
+
+    def drop(self, name: str) -> None:
+        """An item is gone."""
+        self.items.pop(name, None)
+
+    def fresh(self, letter: str) -> str:
+        """A name that was not used yet."""
+        n = self._names.get(letter, 0)
+        while f"{letter}{n}" in self.items:
+            n += 1
+        self._names[letter] = n + 1
+        return f"{letter}{n}"
+
+    # -- carrying out ---------------------------------------------------------------------------
+
+    def run(self, step: Step) -> str:
+        """Carry ``step`` out: "" or the name of the errno it was refused with."""
+        kind = self.kinds[step.kind]
+        self.steps.append(step)
+        before = len(self.kernel.messages) if self.has_kernel else 0
+        kernel_before = self.vars.get("kernel")
+        errno_name = self._execute(kind, step)
+        if self.is_over:
+            return errno_name
+        if errno_name:
+            if kind.refused is not None:
+                kind.refused(self, step.args)
+            self._judge_errno(kind, step, errno_name)
+        else:
+            kind.done(self, step.args)
+        if self.has_kernel and kernel_before is self.vars["kernel"]:
+            self._look_at_log(before)
+        return errno_name
+
+    def _execute(self, kind: Kind, step: Step) -> str:
+        source = kind.source(self, *step.args)
+        fault: kit.Nth | None = None
+        machine: kit.Stage | None = self.vars.get("machine")
+        if step.fault and step.boot and machine is not None:
+            machine.boot_fault = step.fault
+        elif step.fault:
+            fault = self.kernel.pages.fail = kit.Nth(step.fault)
+        kernel = self.vars.get("kernel")
+        try:
+            if step.kind == "boot" and self.listens:
+                source, rest = source.split("\n", 1)
+                exec(_compiled(source), self.vars)
+                self.machine.listen(self._note)
+                source = rest
+            exec(_compiled(source), self.vars)
+        except KernelError as refused:
+            return refused.name
+        except KernelPanic as panic:
+            if not is_expected_panic(panic.message, lacks_memory=bool(step.fault)):
+                self._problem("kernel-panic", panic.message)
+            self.is_over = True
+        except AssertionError as failed:
+            if step.fault:  # a call that answers NULL where others raise
+                return "ENOMEM"
+            self._problem("promise-kept", str(failed) or _failed_line(failed, source))
+            self.is_over = True
+        except KhoSimError as misused:
+            self._problem("program-sleeps" if "sleeps" in str(misused) else "misuse", str(misused))
+            self.is_over = True
+        except RecursionError:
+            raise
+        except Exception as broken:  # the simulator's own fault: worth a report as well
+            self._problem("simulator-crash", f"{type(broken).__name__}: {broken}")
+            self.is_over = True
+        finally:
+            if fault is not None and kernel is not None:
+                kernel.pages.fail = None
+                if fault.where:
+                    self.symbols.add(fault.where)
+            if machine is not None:
+                machine.boot_fault = 0
+        return ""
+
+    def _note(self, event: Event) -> None:
+        if not event.symbol.startswith(("memblock", "__memblock")):
+            self.events.append(event)
+
+    def _judge_errno(self, kind: Kind, step: Step, errno_name: str) -> None:
+        allowed = kind.errnos | ({"ENOMEM"} if step.fault else frozenset())
+        if errno_name not in allowed:
+            text = f"{step.kind} was refused with -{errno_name}"
+            self._problem("errno-as-documented", text)
+
+    def _look_at_log(self, before: int) -> None:
+        for message in self.kernel.messages[before:]:
+            if is_warning(message):
+                self._problem("kernel-warned", message)
+
+    def _problem(self, invariant: str, message: str, owner: str = "") -> None:
+        problem = Problem(invariant, message, len(self.steps) - 1, owner)
+        self.problems.append(problem)
+
+    def judge(self, *, drained: bool = False) -> list[Problem]:
+        """Ask every invariant now; all problems of this program so far."""
+        if "machine" in self.vars and not any(p.invariant == "misuse" for p in self.problems):
+            self._ask(drained)
+        return self.problems
+
+    def _ask(self, drained: bool) -> None:
+        known = {(p.invariant, p.message) for p in self.problems}
+        found: list[Violation] = []
+        if not self.is_over or self.machine.kernel is not None:
+            found = kit.audit(self.machine, drained=drained)
+        else:
+            found = self.machine.check()
+        for violation in found:
+            if (violation.invariant, violation.message) not in known:
+                self._problem(violation.invariant, violation.message, violation.owner)

@@ -1,0 +1,212 @@
+"""Searching for what breaks: programs are lawful, runnable, repeatable and short."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+
+import pytest
+
+from khosim.cli.main import main
+from khosim.errors import KhoSimError
+from khosim.explore.campaign import Campaign, run_unit, tags
+from khosim.explore.program import tell
+from khosim.explore.search import KINDS, SCENARIOS, random_run, replay
+from khosim.explore.shrink import cause_of, shrink
+from khosim.explore.world import Step
+
+BOOT = Step("boot", ('"64M"', "kho=on liveupdate=on", "7.3"))
+
+
+def _said(program: str) -> str:
+    """What a printed program says: its output, or the error that ends it."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            exec(compile(program, "program", "exec"), {})
+        except (KhoSimError, AssertionError) as error:
+            return f"{type(error).__name__}: {error}"
+    return out.getvalue()
+
+
+def test_equal_seeds_give_equal_runs() -> None:
+    """A run is a function of its seed: steps and what spoke are the same again."""
+    one, other = random_run("7:3", "all"), random_run("7:3", "all")
+    assert one.steps == other.steps
+    assert one.problems == other.problems
+    assert random_run("7:4", "all").steps != one.steps
+
+
+def test_units_of_work_travel() -> None:
+    """Suspects can be sent to another process, and back."""
+    suspects, reached = run_unit("0", "reserve-mem", "7.3", 0, 3)
+    assert pickle.loads(pickle.dumps(suspects)) == suspects
+    assert suspects
+    assert "boot" in reached
+
+
+@pytest.mark.parametrize("scenario", sorted(SCENARIOS))
+def test_drawn_programs_are_lawful(scenario: str) -> None:
+    """What the search draws can be carried out again from its steps, to the same end."""
+    for n in range(3):
+        world = random_run(f"lawful:{n}", scenario)
+        again = replay(world.steps)
+        assert again is not None
+        assert {cause_of(p) for p in world.problems} <= {cause_of(p) for p in again.problems}
+
+
+def test_unlawful_programs_are_refused() -> None:
+    """Freeing what nobody holds, or a second boot, is no program."""
+    assert replay([BOOT, Step("free_folio", ("f0",))]) is None
+    assert replay([BOOT, BOOT]) is None
+    assert replay([Step("free_folio", ("f0",))]) is None
+
+
+def test_a_finding_is_short_and_runs() -> None:
+    """A released region that stays preserved: two lines, and the printed text shows it."""
+    word = "reserve_mem=8192:4096:b"
+    steps = [
+        Step("boot", ('"64M"', f"kho=on liveupdate=on {word}", "7.3")),
+        Step("alloc_folio", ("f0", 1)),
+        Step("preserve_folio", ("f0",)),
+        Step("release_region", ("b",)),
+        Step("unpreserve_folio", ("f0",)),
+    ]
+    world = replay(steps)
+    assert world is not None
+    problem = next(p for p in world.problems if p.invariant == "preserved-is-held")
+    shrunk = shrink(steps, cause_of(problem), "7.3")
+    assert shrunk is not None
+    kinds = [step.kind for step in shrunk[0]]
+    assert kinds == ["boot", "release_region"]
+    program = tell(shrunk[0], shrunk[1], "7.3").program
+    assert len(program.splitlines()) <= 6
+    assert "preserved-is-held" in _said(program)
+
+
+def test_a_faulted_program_runs() -> None:
+    """The allocation that fails is part of the printed program."""
+    steps = [BOOT, Step("kexec", ("kho=on liveupdate=on",), fault=1, boot=True)]
+    world = replay(steps)
+    assert world is not None
+    problem = next(p for p in world.problems if p.invariant == "kernel-warned")
+    told = tell(steps, problem, "7.3")
+    assert "with failing_boot(machine, 1):" in told.program
+    assert "kernel-warned: BUG: Bad page state" in _said(told.program)
+    assert told.trace
+
+
+def test_refused_steps_are_told() -> None:
+    """A refusal in a printed program is suppressed, and its errno stands beside it."""
+    steps = [
+        BOOT,
+        Step("create_sessions", ("c0", 51)),
+        Step("create_twice", ("c0_0",)),
+        Step("kexec", ("kho=on liveupdate=on",)),
+    ]
+    world = replay(steps)
+    assert world is not None
+    (problem,) = world.problems
+    assert problem.invariant == "kernel-panic"
+    program = tell(steps, problem, "7.3").program
+    assert "# -EEXIST" in program
+    assert _said(program).startswith("KernelPanic: The incoming tree failed")
+
+
+def test_a_quiet_program_is_quiet() -> None:
+    """What goes right is no finding: all is preserved, restored, freed, and nothing is left."""
+    steps = [
+        BOOT,
+        Step("alloc_folio", ("f0", 1)),
+        Step("preserve_folio", ("f0",)),
+        Step("memfd", ("m0", 4096, 2)),
+        Step("create_session", ("s0", "vm")),
+        Step("preserve_file", ("s0", "m0", 0)),
+        Step("kexec", ("kho=on liveupdate=on",)),
+        Step("restore_folio", ("f0",)),
+        Step("free_folio", ("f0",)),
+        Step("retrieve_session", ("s0", "vm")),
+        Step("retrieve_file", ("s0", "m0", 0, "memfd")),
+        Step("finish", ("s0",)),
+        Step("close_session", ("s0",)),
+        Step("close_file", ("m0",)),
+    ]
+    world = replay(steps)
+    assert world is not None
+    assert not world.items
+    assert world.problems == []
+
+
+def test_a_leak_is_no_secret() -> None:
+    """The audit at a drained end does notice a page that the program forgot."""
+    steps = [BOOT, Step("alloc_folio", ("f0", 0))]
+    world = replay(steps)
+    assert world is not None
+    world.items.clear()
+    assert [p.invariant for p in world.judge(drained=True)] == ["all-given-back"]
+
+
+def test_tags_tell_causes_apart() -> None:
+    """A region at boot, a region that only the successor has: two things."""
+    at_boot = [BOOT._replace(args=('"64M"', "kho=on reserve_mem=1M:4096:a", "7.3"))]
+    later = [BOOT, Step("kexec", ("kho=on reserve_mem=1M:4096:a",))]
+    assert tags(at_boot) == {"boot+reserve_mem"}
+    assert tags(later) == {"kexec+reserve_mem", "kexec-liveupdate"}
+    assert "token:freeze" in tags([Step("token", ("k0", "freeze"))])
+
+
+def test_a_campaign_finds_hazards_unaided() -> None:
+    """A few programs of one scenario: the regions' hazards, each by its own program."""
+    campaign = Campaign("0", "reserve-mem", "7.3")
+    campaign.run(runs=16)
+    found = {finding.invariant for finding in campaign.findings}
+    assert {"region-preserved", "preserved-outside-scratch"} <= found
+    assert sorted(len(finding.steps) for finding in campaign.findings)[len(found) // 2] <= 3
+    assert campaign.explored == 16
+
+
+def test_json_is_repeatable(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints equal bytes for equal arguments, and exits with 1 for findings."""
+    texts = []
+    for _ in range(2):
+        assert main(["explore", "reserve-mem", "--runs", "5", "--seed", "5", "--json"]) == 1
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    result = json.loads(texts[0])
+    assert result["explored"] == 5
+    assert {"invariant", "program", "seed"} <= set(result["findings"][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nonsense"], "'nonsense' is not one of all, "),
+        (["--runs", "0"], "--runs: '0' is not a whole number"),
+        (["--seconds", "x"], "--seconds: 'x' is not a whole number"),
+        (["--runs", "1", "--seconds", "1"], "not together with --runs"),
+        (["--seed", "-1"], "--seed"),
+        (["--release", "9.9"], "release"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nonsense is one line on stderr and status 2."""
+    assert main(["explore", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_every_kind_belongs_somewhere() -> None:
+    """Each kind of step is in a scenario, and prints as Python."""
+    known = {group for groups in SCENARIOS.values() for group in groups}
+    assert {kind.group for kind in KINDS.values() if kind.group} <= known
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--list`` names the scenarios."""
+    assert main(["explore", "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("all ")
