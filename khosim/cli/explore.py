@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", metavar="N", default="0", help="where the search starts")
     add("--runs", metavar="N", help=f"how many programs to run (default {_RUNS})")
     add("--seconds", metavar="S", help="how long to go on, instead of --runs")
+    add("--exhaustive", metavar="DEPTH", help="every program of that many steps, not random ones")
     add("--json", action="store_true", help="one JSON object instead of the account")
 
 
@@ -64,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
     release = fixed(args.release) if args.fixed else args.release
     campaign = Campaign(str(seed), args.scenario, release)
     show = _progress if sys.stderr.isatty() else None
-    campaign.run(runs=runs, seconds=seconds, progress=show)
+    if args.exhaustive is not None:
+        campaign.exhaust(_number("--exhaustive", args.exhaustive, 1))
+    else:
+        campaign.run(runs=runs, seconds=seconds, progress=show)
     if show is not None:
         print("\r\033[K", end="", file=sys.stderr)
     result = campaign.as_json()

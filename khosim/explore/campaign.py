@@ -10,14 +10,16 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from khosim.explore.exhaust import Exhausted, exhaust
 from khosim.explore.program import tell
-from khosim.explore.search import random_run
+from khosim.explore.search import KINDS, SCENARIOS, random_run
 from khosim.explore.shrink import Finding, cause_of, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from khosim.explore.world import Step
+    from khosim.explore.kinds import Args, Kind
+    from khosim.explore.world import Step, World
     from khosim.kernel.behaviours import Release
 
 __all__ = ("Campaign", "Suspect", "run_unit", "tags")
@@ -96,6 +98,22 @@ class Campaign:
                 self.take(suspect)
             if progress is not None:
                 progress(self)
+
+    def exhaust(self, depth: int, *, states_max: int = 100_000) -> Exhausted:
+        """Every program of up to ``depth`` steps after the boot, equal states once."""
+        groups = ("", *SCENARIOS[self.scenario])
+        kinds = [kind for kind in KINDS.values() if kind.weight and kind.group in groups]
+        odd = "successors" in groups
+
+        def keep(world: World, kind: Kind, args: Args) -> bool:
+            return odd or kind.name != "kexec" or args[0] == world.cmdline
+
+        done = exhaust(kinds, depth, self.release, states_max=states_max, keep=keep)
+        self.explored += done.runs
+        for steps, problems in done.suspects:
+            causes = tuple(dict.fromkeys(cause_of(problem) for problem in problems))
+            self.take(Suspect(f"exhaustive:{depth}", tuple(steps), causes))
+        return done
 
     def take(self, suspect: Suspect) -> None:
         """Shrink what is new, count what is known."""

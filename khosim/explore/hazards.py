@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
 
+from khosim.kernel.behaviours import Release
 from khosim.kernel.release import find_release
-
-if TYPE_CHECKING:
-    from khosim.kernel.behaviours import Release
 
 __all__ = ("SWITCHES", "fixed")
 
-SWITCHES: dict[str, bool] = {}
+SWITCHES: dict[str, bool] = {
+    field.name: True for field in dataclasses.fields(Release) if field.name.startswith("fix_")
+}
+"""What a release with all hazards switched off evolves by."""
 
 
 def fixed(release: str | Release) -> Release:

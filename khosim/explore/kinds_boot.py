@@ -98,8 +98,7 @@ def _jumped(world: World, args: Args) -> None:
     world.generation += 1
     on = "kho=on" in before
     is_less = "kho=off" in now or any(word.startswith(_LESS) for word in now)
-    if is_less or not on:
-        world.cursed = True
+    world.cursed = is_less or not on
     for item in list(world.items.values()):
         state = "" if is_less or not on else _after_jump(item)
         if state:

@@ -251,6 +251,14 @@ def _ledger_get(world: World) -> list[Args]:
     return [(item.name,) for item in world.of("ledger") if needed and not item["gets"]]
 
 
+def _incoming_get(world: World) -> list[Args]:
+    # The ledger came over if a token's session did and is not finished yet.
+    came = any(
+        item["type"] == "token" and item["was"] for item in world.of("file", "incoming", "arrived")
+    )
+    return [(item.name,) for item in world.of("ledger") if came and not item["gets"]]
+
+
 def _gets(count: int) -> Callable[[World, Args], None]:
     def done(world: World, args: Args) -> None:
         world.items[args[0]].facts["gets"] = count
@@ -289,6 +297,7 @@ KINDS = (
         ),
         lambda w, args: w.add("crowd", args[0], "held", count=args[1]),
         letter="c",
+        errnos=frozenset(("EIO",)),
         can_fail=False,
     ),
     Kind("close_session", "session", _close_choices, lambda w, s: f"{s}.close()", _close),
@@ -363,6 +372,7 @@ KINDS = (
         _file_source,
         _file_done,
         _file_lost,
+        errnos=frozenset(("EINVAL", "ENOSPC")),
         weight=14,
     ),
     Kind(
@@ -397,9 +407,25 @@ KINDS = (
         can_fail=False,
     ),
     Kind(
+        "get_incoming",
+        "flb",
+        _incoming_get,
+        lambda w, g: f"kernel.liveupdate.flb_get_incoming({g})",
+        _gets(2),
+        can_fail=False,
+    ),
+    Kind(
+        "put_incoming",
+        "flb",
+        lambda w: [(i.name,) for i in w.of("ledger") if i["gets"] == 2],
+        lambda w, g: f"kernel.liveupdate.flb_put_incoming({g})",
+        _gets(0),
+        can_fail=False,
+    ),
+    Kind(
         "put_outgoing",
         "flb",
-        lambda w: [(i.name,) for i in w.of("ledger") if i["gets"]],
+        lambda w: [(i.name,) for i in w.of("ledger") if i["gets"] == 1],
         lambda w, g: f"kernel.liveupdate.flb_put_outgoing({g})",
         _gets(0),
         can_fail=False,

@@ -4,6 +4,7 @@
 * ``region-preserved``: a reserve_mem region is preserved with every byte of it.
 * ``kernel-warned``: the kernel's own checks stay silent.
 * ``all-given-back``: who has given everything back has left nothing behind, preserved or held.
+* ``off-means-off``: a kernel with ``kho=off`` takes nothing over.
 * ``huge-pages-outside-scratch``: huge pages, which nobody can move, are not in scratch.
 """
 
@@ -79,6 +80,7 @@ def oracles(
     """All of the above, now."""
     preserved = _preserved(hardware, kernel)
     found = _warned(kernel)
+    found += _off_is_off(kernel)
     found += _is_held(hardware, kernel, preserved)
     found += _regions(hardware, kernel, preserved)
     found += _huge_pages(hardware, kernel)
@@ -93,6 +95,13 @@ def _warned(kernel: Kernel) -> list[Violation]:
         for message in kernel.messages
         if is_warning(message) and not is_expected_message(message)
     ][:_REPORTED_MAX]
+
+
+def _off_is_off(kernel: Kernel) -> list[Violation]:
+    if kernel.options.kho or not kernel.is_kho_boot:
+        return []
+    text = "a kernel with kho=off has taken a handover over"
+    return [Violation("off-means-off", text, kernel.generation)]
 
 
 def _is_held(hardware: Hardware, kernel: Kernel, preserved: Ranges) -> list[Violation]:

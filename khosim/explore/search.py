@@ -27,6 +27,7 @@ __all__ = (
     "KINDS",
     "SCENARIOS",
     "is_drained",
+    "named",
     "problems_of",
     "random_run",
     "replay",
@@ -51,6 +52,7 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
 _STEPS_MAX = 24
 _GIVES_BACK = (
     "put_outgoing",
+    "put_incoming",
     "restore_folio",
     "restore_pages",
     "restore_free",
@@ -72,7 +74,8 @@ _GIVES_BACK = (
 )
 
 
-def _named(world: World, kind: Kind, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def named(world: World, kind: Kind, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``args`` with a name for what the step defines."""
     if kind.letter and args[0] == NEW:
         return (world.fresh(kind.letter), *args[1:])
     return args
@@ -118,7 +121,7 @@ def _random_step(
         if "faults" in groups and kind.can_fail and random.random() < 0.25:
             boot = kind.name == "kexec" and random.random() < 0.7
             fault = random.randrange(1, 40 if kind.name == "kexec" else 9)
-        world.run(Step(kind.name, _named(world, kind, args), fault, boot))
+        world.run(Step(kind.name, named(world, kind, args), fault, boot))
         return True
     return False
 
@@ -132,6 +135,8 @@ def _weight(world: World, kind: Kind) -> int:
 
 def is_drained(world: World) -> bool:
     """Whether the author holds nothing any more."""
+    if world.cursed:
+        return False
     return all(item.kind == "ledger" and not item["gets"] for item in world.items.values())
 
 
@@ -140,7 +145,7 @@ def _give_back(world: World) -> bool:
         for name in _GIVES_BACK:
             choices = KINDS[name].choices(world)
             if choices and (name != "ledger" or world.of("file", "incoming")):
-                step = Step(name, _named(world, KINDS[name], choices[0]))
+                step = Step(name, named(world, KINDS[name], choices[0]))
                 if world.run(step) or world.is_over:
                     return False
                 break

@@ -8,6 +8,7 @@ books the kinds of steps (:mod:`khosim.explore.kinds`) tell what a lawful author
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,11 +108,10 @@ class World:
         self.cmdline = ""
         self.generation = -1
         self.cursed = False
-        """The author did something after which less is promised, such as ``mem=``."""
+        """The successor was told to do with less, by ``mem=`` or so: nothing is promised then."""
         self.symbols: set[str] = set()
         """Kernel functions that were refused memory."""
         self.is_over = False
-        self._names: dict[str, int] = {}
 
     # -- what kinds ask -------------------------------------------------------------------------
 
@@ -159,12 +159,33 @@ class World:
         self.items.pop(name, None)
 
     def fresh(self, letter: str) -> str:
-        """A name that was not used yet."""
-        n = self._names.get(letter, 0)
+        """The first name that nothing bears."""
+        n = 0
         while f"{letter}{n}" in self.items:
             n += 1
-        self._names[letter] = n + 1
         return f"{letter}{n}"
+
+    def books(self) -> Hashable:
+        """What the author holds: all that decides on what he may do next."""
+        items = tuple(sorted(item.key() for item in self.items.values()))
+        return self.generation, self.cmdline, items
+
+    def state(self) -> Hashable:
+        """Books and machine: pages and their owners, what is preserved, what the log warned of."""
+        starts, ends, states = self.kernel.pages.pages.columns()
+        out, luo = self.kernel.kho_out, self.kernel.liveupdate
+        blobs = b""
+        if out.fdt_phys:
+            blobs = self.kernel.ram.read(out.fdt_phys, self.kernel.arch.page_size)
+        sessions: tuple[tuple[str, bool, int], ...] = ()
+        if luo.enabled:
+            sessions = tuple(
+                (name, session.retrieved, session.file_set.count)
+                for side in (luo.sessions.incoming, luo.sessions.outgoing)
+                for name, session in side.sessions.items()
+            )
+        told = tuple(m for m in self.kernel.messages if is_warning(m))
+        return self.books(), tuple(starts), tuple(ends), tuple(states), blobs, sessions, told
 
     # -- carrying out ---------------------------------------------------------------------------
 

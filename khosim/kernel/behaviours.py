@@ -277,6 +277,43 @@ class Release:
     memfd_tells_midloop: bool = True
     """A folio that cannot be restored makes ``retrieve`` fail, also behind others that could."""
 
+    # -- what no release does yet: hazards of 7.3, each gone with its switch ---------------------
+
+    fix_region_in_scratch: bool = False
+    """``reserve_mem``: no new region on a handover boot, where it would come from scratch."""
+    fix_region_release: bool = False
+    """``reserve_mem_release_by_name`` unpreserves the region and takes it out of the subtree."""
+    fix_region_tail: bool = False
+    """``reserve_mem``: sizes are rounded up to whole pages, which are what is preserved."""
+    fix_region_unclaimed: bool = False
+    """Regions of the predecessor that nobody names any more are freed."""
+    fix_kho_init_failure: bool = False
+    """``kho_init``: a failure on a handover boot leaves scratch alone, which is free already."""
+    fix_luo_without_kho: bool = False
+    """``luo_late_startup`` asks again whether KHO is on."""
+    fix_kho_off: bool = False
+    """``kho=off`` takes no handover over."""
+    fix_mem_limit: bool = False
+    """``mem=`` is ignored on a handover boot (x86-64)."""
+    fix_elfcorehdr: bool = False
+    """A handover outweighs ``elfcorehdr=``: whoever was handed memory is no kdump kernel."""
+    fix_huge_pages: bool = False
+    """Huge pages from the buddy allocator are not movable, so that none lies in scratch."""
+    fix_vmalloc_unwind: bool = False
+    """``kho_preserve_vmalloc`` writes the descriptor's order before it preserves blocks."""
+    fix_vmalloc_order: bool = False
+    """A restored vmalloc area has the order that it had before."""
+    fix_session_name: bool = False
+    """``luo_session_insert`` looks at the name before it makes room."""
+    fix_flb_finish: bool = False
+    """A file that is finished retrieves the shared object that it counts for."""
+    fix_flb_reference: bool = False
+    """The successor is told of the files that need a shared object, not of references to it."""
+    fix_memfd_seals: bool = False
+    """``memfd_luo_freeze`` writes the seals again."""
+    fix_memfd_mode: bool = False
+    """``memfd_luo_retrieve``: a memfd with ``F_SEAL_EXEC`` is not executable."""
+
     def evolve(self, **changes: Any) -> Release:
         """This release with some behaviours changed.
 

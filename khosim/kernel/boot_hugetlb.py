@@ -272,8 +272,9 @@ def _alloc_one(kernel: Kernel, size_bytes: int, nodes: list[int], exact: bool) -
     for _ in range(len(nodes)):
         nid = nodes[0]
         nodes.append(nodes.pop(0))
+        movable = not kernel.release.fix_huge_pages
         pfn = kernel.pages.alloc_pages(
-            order, "hugetlb", movable=True, compound=True, nid=nid, this_node=True
+            order, "hugetlb", movable=movable, compound=True, nid=nid, this_node=True
         )
         if pfn is not None:
             return True

@@ -178,7 +178,9 @@ def _first_bytes(kernel: Kernel, window: memoryview, len_bytes: int, phys: int) 
 def _usable_e820(kernel: Kernel, table: e820.Entries) -> e820.Entries:
     # parse_memopt, e820__finish_early_params, e820_add_kernel_range, trim_bios_range.
     limit = kernel.options.mem_limit_bytes
-    if limit is not None:
+    if limit is not None and kernel.release.fix_mem_limit and kernel.is_kho_boot:
+        kernel.printk("KHO: mem= is ignored after a handover")
+    elif limit is not None:
         table = e820.update_table(e820.range_remove(table, limit, _U64, E820_RAM))
     start, end = kernel.kernel_range[0], kernel.kernel_range[1] + kernel.config.brk_bytes
     if not e820.mapped_all(table, start, end, E820_RAM):

@@ -60,7 +60,9 @@ def kho_scratch_overlap(kernel: Kernel, phys: int, size_bytes: int) -> bool:
 def kho_memory_init(kernel: Kernel) -> None:
     """``kho_memory_init``: take over what was preserved, or reserve scratch on a cold boot."""
     kernel.phase = "kho_memory_init"
-    if kernel.release.kdump_guard and kernel.options.is_kdump:
+    release = kernel.release
+    is_kdump = kernel.options.is_kdump and not (release.fix_elfcorehdr and kernel.is_kho_boot)
+    if release.kdump_guard and is_kdump:
         kernel.kho_enable = False
         kernel.printk("KHO: disabled in the kdump kernel")
     elif kernel.kho_in.scratch_phys:
@@ -167,7 +169,8 @@ def _free_scratch(kernel: Kernel) -> None:
 
 def _kho_init_failed(kernel: Kernel, error: int) -> int:
     kernel.kho_out.fdt_phys = 0
-    for addr, size in scratch_areas(kernel):
+    is_free = kernel.release.fix_kho_init_failure and kernel.is_kho_boot
+    for addr, size in [] if is_free else scratch_areas(kernel):
         # Reserved or not, each page is forced into the buddy.
         kernel.free_reserved_area(addr, addr + size, "")
     kernel.kho_enable = False

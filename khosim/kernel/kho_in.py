@@ -167,6 +167,10 @@ class KhoIn:
     def memory_init_early(self) -> None:
         """``kho_memory_init_early``: open the predecessor's tree and extend scratch."""
         kernel = self._kernel
+        if kernel.release.fix_kho_off and not kernel.kho_enable:
+            self.fdt_phys = self.scratch_phys = kernel.kho_scratch_cnt = 0
+            kernel.memblock.memblock_clear_kho_scratch_only()
+            kernel.printk("KHO: disabled, nothing is taken over")
         tree = self.fdt()
         if tree is None:
             return

@@ -114,7 +114,8 @@ def kho_preserve_vmalloc(kernel: Kernel, area: VmStruct | None, slot: KhoVmalloc
     chunk = _new_vmalloc_chunk(kernel, 0)
     if not chunk:
         raise KernelError(errno.ENOMEM, symbol, "the first chunk")
-    slot.store(slot.load()._replace(first=chunk))
+    order = vm.page_order if kernel.release.fix_vmalloc_unwind else slot.load().order
+    slot.store(slot.load()._replace(first=chunk, order=order))
     error = _preserve_blocks(kernel, vm, chunk)
     chunk_is_missing = error == _NO_CHUNK
     if chunk_is_missing:
@@ -316,7 +317,7 @@ def _restore_area(kernel: Kernel, descriptor: KhoVmalloc, pages: Buffer) -> VmSt
     flags = VM_ALLOC if descriptor.flags & KHO_VMALLOC_ALLOC else 0
     if descriptor.flags & KHO_VMALLOC_HUGE_VMAP:
         flags |= VM_ALLOW_HUGE_VMAP
-    area = get_vm_area(kernel, flags, 0)
+    area = get_vm_area(kernel, flags, descriptor.order if kernel.release.fix_vmalloc_order else 0)
     if area is None or not kmalloc(kernel, "vmap_pages_range"):
         return None
     for start_pfn, nr_pages in restored.runs:

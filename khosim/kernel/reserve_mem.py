@@ -43,11 +43,12 @@ _U32 = (1 << 32) - 1
 class ReserveMem:
     """``reserved_mem_table``: ``regions`` are ``[name, start, size]``, addresses in bytes."""
 
-    __slots__ = ("_fdt_phys", "_kernel", "regions")
+    __slots__ = ("_fdt_phys", "_kernel", "_tree_phys", "regions")
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self._fdt_phys: int | None = None
+        self._tree_phys = 0
         self.regions: list[tuple[str, int, int]] = []
 
     # -- boot parameter -------------------------------------------------------------------------
@@ -65,6 +66,9 @@ class ReserveMem:
         if text[at : at + 1] != ":":
             return self._malformed()
         align = max(align, _SMP_CACHE_BYTES)
+        if kernel.release.fix_region_tail:
+            page = kernel.arch.page_size
+            size, align = -(-size // page) * page, max(align, page)
         name = text[at + 1 :]
         if not name or len(name) >= _NAME_SIZE or not name.strip(_SPACE):
             return self._malformed()
@@ -73,6 +77,9 @@ class ReserveMem:
             return -errno.EBUSY
         if self._kho_revive(name, size, align):
             return 1
+        if kernel.release.fix_region_in_scratch and kernel.memblock.kho_scratch_only:
+            kernel.printk(f'reserve_mem: "{name}" cannot be new on a handover boot')
+            return -errno.EBUSY
         start = kernel.memblock.memblock_phys_alloc_range(size, align, 0, 0)
         if not start:
             kernel.printk("reserve_mem: memblock allocation failed")
@@ -165,16 +172,30 @@ class ReserveMem:
         for i, (known, start, size) in enumerate(self.regions):
             if size and known == name:
                 kernel.virt(start, size)
+                if kernel.release.fix_region_release and self._tree_phys:
+                    self._forget(name, start, size)
                 kernel.free_reserved_area(start, start + size, f"reserve_mem:{name}", 0)
                 self.regions[i] = (known, start, 0)
                 return True
         return False
+
+    def _forget(self, name: str, start: int, size: int) -> None:
+        kernel = self._kernel
+        page_size, shift = kernel.arch.page_size, kernel.arch.page_shift
+        by = kernel.by("reserve_mem_release_by_name")
+        tree = kernel.ram.writable_mv(self._tree_phys, page_size, by)
+        offset = fdt.fdt_subnode_offset(tree, 0, name)
+        if offset >= 0:
+            fdt.fdt_del_node(tree, offset)
+        kernel.kho_out.unpreserve_pages(start >> shift, size >> shift)
 
     # -- handing over ---------------------------------------------------------------------------
 
     def init(self) -> int:
         """``reserve_mem_init``: describe and preserve the regions; 0 or a negative errno."""
         kernel = self._kernel
+        if kernel.release.fix_region_unclaimed:
+            self._free_unclaimed()
         if not kernel.kho_enable or not self.regions:
             return 0
         in_notifier = kernel.release.reserve_mem_in_notifier
@@ -182,6 +203,22 @@ class ReserveMem:
         if error:
             kernel.printk(f"failed to prepare memblock FDT for KHO: {error}")
         return error
+
+    def _free_unclaimed(self) -> None:
+        kernel = self._kernel
+        tree = self._retrieve_fdt() if kernel.is_kho_boot else None
+        offset = -1 if tree is None else fdt.fdt_first_subnode(tree, 0)
+        shift = kernel.arch.page_shift
+        claimed = {start for _, start, _ in self.regions}
+        while tree is not None and offset >= 0:
+            places = [fdt.fdt_getprop(tree, offset, name)[0] for name in ("start", "size")]
+            start, size = (int(_U64_LE.unpack(place)[0]) if place else 0 for place in places)
+            nr_pages = size >> shift
+            offset = fdt.fdt_next_subnode(tree, offset)
+            if start in claimed or kernel.kho_in.restore_pages(start, nr_pages) is None:
+                continue
+            for pfn in range(start >> shift, (start >> shift) + nr_pages):
+                kernel.pages.free_pages(pfn, 0)
 
     def _prepare_for_notifier(self) -> int:
         # prepare_kho_fdt and register_kho_notifier @ 6.16 to 6.18: the tree is written once, all
@@ -246,6 +283,7 @@ class ReserveMem:
                 error = -refused.errno
             else:
                 error = self._preserve_regions()
+                self._tree_phys = 0 if error else phys
                 if error and unwinds:
                     out.remove_subtree(phys)
         if error and unwinds:

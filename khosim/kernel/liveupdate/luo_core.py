@@ -162,6 +162,8 @@ class Luo:
 
     def late_init(self) -> None:
         """``luo_late_startup`` and ``liveupdate_ioctl_init``."""
+        if self.kernel.release.fix_luo_without_kho and not self.kernel.kho_enable:
+            self.enabled = False
         if not self.enabled:
             return
         error = 0

@@ -13,6 +13,7 @@ file, and nobody will give it back in the successor.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from khosim.abi.luo import (
@@ -48,10 +49,11 @@ class FlbState:
     ``retrieve_status`` is 0 before the attempt, 1 after a success, else the negative errno.
     """
 
-    __slots__ = ("count", "data", "finished", "obj", "retrieve_status")
+    __slots__ = ("count", "data", "files", "finished", "obj", "retrieve_status")
 
     def __init__(self, kernel: Kernel) -> None:
         self.count = Refcount(kernel)
+        self.files = 0
         self.data = 0
         self.obj: Any = None
         self.finished = False
@@ -179,8 +181,10 @@ class LuoFlbs:
         for done, private in enumerate(links):
             try:
                 self._preserve_one(private)
+                private.outgoing.files += 1
             except KernelError:
                 for before in reversed(links[:done]):
+                    before.outgoing.files -= 1
                     self.put_outgoing(before.flb)
                 raise
 
@@ -211,6 +215,7 @@ class LuoFlbs:
     def file_unpreserve(self, handler: FileHandler) -> None:
         """``luo_flb_file_unpreserve``: one file less, last object first."""
         for private in reversed(self.links[handler]):
+            private.outgoing.files -= 1
             self.put_outgoing(private.flb)
 
     def get_outgoing(self, flb: Flb) -> Any:
@@ -254,6 +259,8 @@ class LuoFlbs:
         nr_flbs = 0
         for private in self.registered:
             count = private.outgoing.count.value
+            if kernel.release.fix_flb_reference:
+                count = private.outgoing.files
             if count > 0:
                 ser = LuoFlbSer(private.flb.compatible, private.outgoing.data, count)
                 kernel.ram.write(at + nr_flbs * LUO_FLB_SER_BYTES, pack_luo_flb_ser(ser), by)
@@ -303,6 +310,9 @@ class LuoFlbs:
     def file_finish(self, handler: FileHandler) -> None:
         """``luo_flb_file_finish``: one file of ``handler`` is finished, last object first."""
         for private in reversed(self.links[handler]):
+            if self._kernel.release.fix_flb_finish and not private.incoming.retrieve_status:
+                with suppress(KernelError):
+                    self._retrieve_one(private.flb)
             self.put_incoming(private.flb)
 
     def _retrieve_one(self, flb: Flb) -> None:

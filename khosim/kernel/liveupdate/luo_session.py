@@ -210,6 +210,8 @@ class LuoSessions:
 
     def _insert(self, header: SessionHeader, session: LuoSession) -> None:
         # luo_session_insert: room first, and only then a look at the name.
+        if self._luo.kernel.release.fix_session_name and session.name in header.sessions:
+            raise KernelError(errno.EEXIST, "luo_session_insert", f"session {session.name!r}")
         if header is self.outgoing:
             header.block_set.grow(header.count + 1)
         if session.name in header.sessions:

@@ -24,6 +24,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from khosim.abi.memfd import (
+    F_SEAL_EXEC,
     LAYOUTS,
     MEMFD_LUO_ALL_SEALS,
     MEMFD_LUO_FOLIO_DIRTY,
@@ -132,6 +133,10 @@ class MemfdLuoHandler(FileHandler):
         assert args.file is not None
         ser = kernel.virt(args.serialized_data, self.layout.ser_bytes)
         kernel.ram.write_u64(ser + MEMFD_LUO_SER_POS_OFFSET, args.file.f_pos, kernel.by(symbol))
+        if kernel.release.fix_memfd_seals and self.layout.seals_offset:
+            assert isinstance(args.file, Memfd)
+            seals = args.file.inode.seals
+            kernel.ram.write_u32(ser + self.layout.seals_offset, seals, kernel.by(symbol))
         if kernel.trace is not None:
             kernel.emit(symbol, {"file": args.file.name}, 0)
 
@@ -181,6 +186,8 @@ class MemfdLuoHandler(FileHandler):
                 raise KernelError(errno.EOPNOTSUPP, symbol, f"seals {ser.seals:#x}")
             file = self._alloc_file(kernel)
             if self.layout.seals_offset:
+                if kernel.release.fix_memfd_mode and ser.seals & F_SEAL_EXEC:
+                    file.inode.i_mode &= ~0o111
                 file.add_seals(ser.seals)  # which no such file refuses
             file.vfs_setpos(ser.pos)
             file.inode.i_size = ser.size
