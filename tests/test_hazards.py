@@ -15,6 +15,10 @@ from khosim.explore.search import SCENARIOS, random_run
 from khosim.kernel.release import find_release
 
 HAZARDS = sorted((Path(__file__).resolve().parent.parent / "docs" / "hazards").glob("*.md"))
+REFUSED = {
+    "fix_flb_reference": "KernelError: liveupdate_reboot: -EBUSY (a shared object is in use)"
+}
+"""What a release with the switch says instead, where the program cannot go on."""
 FACTS = re.compile(r"Switch: `(\w+)`\. Speaks: `([\w-]+)`")
 
 
@@ -52,7 +56,7 @@ def test_the_switch_makes_it_go_away(path: Path) -> None:
     switch, _, program = _facts(path)
     changed = program.replace("machine.boot(", f'machine.boot("7.3+{switch}=on", ', 1)
     assert changed != program
-    assert _said(changed) == ""
+    assert _said(changed) == REFUSED.get(switch, "")
 
 
 def test_every_switch_is_written_up() -> None:

@@ -308,7 +308,7 @@ class Release:
     fix_flb_finish: bool = False
     """A file that is finished retrieves the shared object that it counts for."""
     fix_flb_reference: bool = False
-    """The successor is told of the files that need a shared object, not of references to it."""
+    """``liveupdate_reboot`` is -EBUSY while somebody holds a reference to a shared object."""
     fix_memfd_seals: bool = False
     """``memfd_luo_freeze`` writes the seals again."""
     fix_memfd_mode: bool = False

@@ -192,6 +192,10 @@ class Luo:
         """``liveupdate_reboot``: serialize everything; raises what a file's ``freeze`` raises."""
         if not self.enabled:
             return
+        if self.kernel.release.fix_flb_reference and any(
+            private.outgoing.references for private in self.flb.registered
+        ):
+            raise KernelError(errno.EBUSY, "liveupdate_reboot", "a shared object is in use")
         self.sessions.serialize()
         if self.kernel.release.luo_flb:
             self.flb.serialize()
@@ -343,6 +347,7 @@ class Luo:
     def flb_put_outgoing(self, flb: Flb) -> None:
         """``liveupdate_flb_put_outgoing``; where getting does not count, giving back does not."""
         if self.kernel.release.luo_flb_counts_outgoing:
+            self.flb.state(flb).outgoing.references -= 1
             self.flb.put_outgoing(flb)
 
     def _check_enabled(self, symbol: str) -> None:

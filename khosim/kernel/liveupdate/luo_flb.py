@@ -49,11 +49,12 @@ class FlbState:
     ``retrieve_status`` is 0 before the attempt, 1 after a success, else the negative errno.
     """
 
-    __slots__ = ("count", "data", "files", "finished", "obj", "retrieve_status")
+    __slots__ = ("count", "data", "finished", "obj", "references", "retrieve_status")
 
     def __init__(self, kernel: Kernel) -> None:
         self.count = Refcount(kernel)
-        self.files = 0
+        self.references = 0
+        """Of ``count``, those that are no files."""
         self.data = 0
         self.obj: Any = None
         self.finished = False
@@ -181,10 +182,8 @@ class LuoFlbs:
         for done, private in enumerate(links):
             try:
                 self._preserve_one(private)
-                private.outgoing.files += 1
             except KernelError:
                 for before in reversed(links[:done]):
-                    before.outgoing.files -= 1
                     self.put_outgoing(before.flb)
                 raise
 
@@ -215,7 +214,6 @@ class LuoFlbs:
     def file_unpreserve(self, handler: FileHandler) -> None:
         """``luo_flb_file_unpreserve``: one file less, last object first."""
         for private in reversed(self.links[handler]):
-            private.outgoing.files -= 1
             self.put_outgoing(private.flb)
 
     def get_outgoing(self, flb: Flb) -> Any:
@@ -225,6 +223,7 @@ class LuoFlbs:
             symbol = "liveupdate_flb_get_outgoing"
             raise KernelError(errno.ENOENT, symbol, f"no file needs {flb!r}")
         if self._kernel.release.luo_flb_counts_outgoing:
+            out.references += 1
             out.count.inc()
         return out.obj
 
@@ -259,8 +258,6 @@ class LuoFlbs:
         nr_flbs = 0
         for private in self.registered:
             count = private.outgoing.count.value
-            if kernel.release.fix_flb_reference:
-                count = private.outgoing.files
             if count > 0:
                 ser = LuoFlbSer(private.flb.compatible, private.outgoing.data, count)
                 kernel.ram.write(at + nr_flbs * LUO_FLB_SER_BYTES, pack_luo_flb_ser(ser), by)
