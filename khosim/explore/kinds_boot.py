@@ -32,7 +32,8 @@ def _boot_choices(world: World) -> list[Args]:
     lines = [_BASE]
     lines += [f"{_BASE} {word}" for word in _region_words("a")]
     lines += [f"{_BASE} reserve_mem=4096:4096:a reserve_mem=8192:4096:b", "kho=off", "kho=on"]
-    lines += [f"{_BASE} kho_scratch={size}" for size in ("8M,8M,0", "1M,64M,1M", "300%")]
+    sizes = ("8M,8M,0", "1M,64M,1M", "300%", "8M,64M,8G", "8M,8G,8M", "8G,8M,8M")
+    lines += [f"{_BASE} kho_scratch={size}" for size in sizes]
     release = world.release
     return [(spec, line, release) for spec in _MACHINES for line in lines]
 

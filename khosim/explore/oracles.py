@@ -4,6 +4,7 @@
 * ``region-preserved``: a reserve_mem region is preserved with every byte of it.
 * ``kernel-warned``: the kernel's own checks stay silent.
 * ``all-given-back``: who has given everything back has left nothing behind, preserved or held.
+* ``no-scratch-without-kho``: a kernel without KHO sets no memory aside for it.
 * ``off-means-off``: a kernel with ``kho=off`` takes nothing over.
 * ``huge-pages-outside-scratch``: huge pages, which nobody can move, are not in scratch.
 """
@@ -19,6 +20,7 @@ from khosim.checks.look import AT_ANY_TIME, Look
 from khosim.checks.ranges import both, merged, minus, page_ranges, pairs
 from khosim.checks.violation import Violation
 from khosim.explore.expectations import is_expected_leak, is_expected_message
+from khosim.kernel.pageblock import CMA
 
 if TYPE_CHECKING:
     from khosim.checks.kernel_view import KernelView
@@ -81,6 +83,7 @@ def oracles(
     preserved = _preserved(hardware, kernel)
     found = _warned(kernel)
     found += _off_is_off(kernel)
+    found += _no_scratch(kernel)
     found += _is_held(hardware, kernel, preserved)
     found += _regions(hardware, kernel, preserved)
     found += _huge_pages(hardware, kernel)
@@ -102,6 +105,17 @@ def _off_is_off(kernel: Kernel) -> list[Violation]:
         return []
     text = "a kernel with kho=off has taken a handover over"
     return [Violation("off-means-off", text, kernel.generation)]
+
+
+def _no_scratch(kernel: Kernel) -> list[Violation]:
+    # Scratch that was handed to the buddy allocator for good (kho_init failed) is no CMA's fault.
+    if kernel.kho_enable or kernel.is_kho_boot or kernel.stale_scratch is None:
+        return []
+    nr_pages = sum(zone.nr_free[CMA] for zone in kernel.pages.zones)
+    if not nr_pages:
+        return []
+    text = f"{nr_pages} free pages are set aside as scratch in a kernel that has none"
+    return [Violation("no-scratch-without-kho", text, kernel.generation)]
 
 
 def _is_held(hardware: Hardware, kernel: Kernel, preserved: Ranges) -> list[Violation]:

@@ -297,6 +297,8 @@ class Release:
     """``mem=`` is ignored on a handover boot (x86-64)."""
     fix_elfcorehdr: bool = False
     """A handover outweighs ``elfcorehdr=``: whoever was handed memory is no kdump kernel."""
+    fix_scratch_failure: bool = False
+    """``kho_reserve_scratch`` forgets its areas when it fails."""
     fix_huge_pages: bool = False
     """Huge pages from the buddy allocator are not movable, so that none lies in scratch."""
     fix_vmalloc_unwind: bool = False

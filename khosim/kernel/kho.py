@@ -81,7 +81,7 @@ def kho_memory_init(kernel: Kernel) -> None:
         kernel.kho_enable = reserved
         if reserved:
             kernel.kho_scratch_phys, kernel.kho_scratch_cnt = array, count
-        else:
+        elif not release.fix_scratch_failure:
             kernel.stale_scratch = (array, count)
     if kernel.trace is not None:
         kernel.emit("kho_memory_init", {"scratch": scratch_areas(kernel)}, kernel.kho_enable)
