@@ -16,6 +16,7 @@ from khosim.kernel.release import find_release
 
 HAZARDS = sorted((Path(__file__).resolve().parent.parent / "docs" / "hazards").glob("*.md"))
 REFUSED = {
+    "fix_luo_retrieve": "KernelError: memfd_luo_retrieve_folios: -ENOSPC",
     "fix_flb_reference": "KernelError: liveupdate_reboot: -EBUSY (a shared object is in use)"
 }
 """What a release with the switch says instead, where the program cannot go on."""
@@ -56,7 +57,8 @@ def test_the_switch_makes_it_go_away(path: Path) -> None:
     switch, _, program = _facts(path)
     changed = program.replace("machine.boot(", f'machine.boot("7.3+{switch}=on", ', 1)
     assert changed != program
-    assert _said(changed) == REFUSED.get(switch, "")
+    said = _said(changed)
+    assert said.startswith(REFUSED[switch]) if switch in REFUSED else said == ""
 
 
 def test_every_switch_is_written_up() -> None:

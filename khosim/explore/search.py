@@ -120,7 +120,7 @@ def _random_step(
         fault, boot = 0, False
         if "faults" in groups and kind.can_fail and random.random() < 0.25:
             boot = kind.name == "kexec" and random.random() < 0.7
-            fault = random.randrange(1, 40 if kind.name == "kexec" else 9)
+            fault = random.randrange(1, 40 if kind.name == "kexec" else 16)
         world.run(Step(kind.name, named(world, kind, args), fault, boot))
         return True
     return False

@@ -311,6 +311,10 @@ class Release:
     """A file that is finished retrieves the shared object that it counts for."""
     fix_flb_reference: bool = False
     """``liveupdate_reboot`` is -EBUSY while somebody holds a reference to a shared object."""
+    fix_luo_retrieve: bool = False
+    """``luo_retrieve_file`` makes sure of the place in the list of owned files first."""
+    fix_memfd_behind_end: bool = False
+    """``memfd_luo_preserve`` frees folios behind the end of the file, for its owner to see."""
     fix_memfd_seals: bool = False
     """``memfd_luo_freeze`` writes the seals again."""
     fix_memfd_mode: bool = False

@@ -286,14 +286,17 @@ class Luo:
 
     # -- one file, one owner --------------------------------------------------------------------
 
-    def own(self, handler: FileHandler, file: File) -> None:
-        """``xa_insert`` into ``luo_preserved_files``: raises -EBUSY for an owned file, -ENOMEM."""
+    def own(self, handler: FileHandler, file: File, *, has_room: bool = False) -> None:
+        """``xa_insert`` into ``luo_preserved_files``: raises -EBUSY for an owned file, -ENOMEM.
+
+        ``has_room``: memory for it was set aside (``xa_reserve``).
+        """
         if not self.kernel.release.luo_one_owner:
             return
         number = self._luo_get_id(handler, file)
         if number in self.preserved_files:
             raise KernelError(errno.EBUSY, "xa_insert", f"{file!r} is preserved already")
-        if not kmalloc(self.kernel, "xa_insert"):
+        if not has_room and not kmalloc(self.kernel, "xa_insert"):
             raise KernelError(errno.ENOMEM, "xa_insert", repr(file))
         self.preserved_files[number] = file
 

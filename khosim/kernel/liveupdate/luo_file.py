@@ -330,6 +330,9 @@ class LuoFileSet:
             luo_file.file.get_file()
             return luo_file.file
         handler = luo_file.handler
+        has_room = luo.kernel.release.fix_luo_retrieve
+        if has_room and not kmalloc(luo.kernel, "xa_reserve"):
+            raise KernelError(errno.ENOMEM, "xa_reserve")
         args = LiveupdateFileOpArgs(
             luo.kernel, handler, serialized_data=luo_file.serialized_data
         )
@@ -348,7 +351,7 @@ class LuoFileSet:
         luo_file.file = file
         file.get_file()
         try:
-            luo.own(handler, file)
+            luo.own(handler, file, has_room=has_room)
         except KernelError as refused:
             luo.kernel.warn(f"WARNING: {symbol}: {refused}")
         luo_file.retrieve_status = 1

@@ -53,6 +53,7 @@ from khosim.kernel.memfd import MFD_ALLOW_SEALING, Memfd, memfd_alloc_file
 from khosim.kernel.page import Folio
 from khosim.kernel.page_cache import CacheRun
 from khosim.kernel.shmem import ShmemInode
+from khosim.kernel.shmem_truncate import shmem_truncate_range
 from khosim.kernel.vmalloc import VmStruct, vfree, vmalloc
 
 if TYPE_CHECKING:
@@ -247,6 +248,9 @@ def _preserve_folios(file: Memfd, slot: KhoVmallocSlot) -> tuple[VmStruct | None
     # memfd_luo_preserve_folios: the records' area and how many there are. Undoes itself.
     kernel, inode = file.kernel, file.inode
     symbol = "memfd_luo_preserve_folios"
+    if kernel.release.fix_memfd_behind_end:
+        page_size = kernel.arch.page_size
+        shmem_truncate_range(inode, -(-inode.i_size // page_size) * page_size)
     if not inode.i_size:
         return None, 0
     max_folios = -(-inode.i_size >> kernel.arch.page_shift) & _UINT_MAX
