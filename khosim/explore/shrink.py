@@ -69,7 +69,7 @@ def shrink(
     changed = True
     while changed and budget[0] > 0:
         changed = False
-        for passes in (_without_name, _without_some, _without_fault, _simpler):
+        for passes in (_without_name, _without_some, _without_fault, _short_text, _simpler):
             at = 0
             while budget[0] > 0:
                 candidates = passes(steps, at)
@@ -102,6 +102,17 @@ def _without_some(steps: list[Step], at: int) -> list[list[Step]] | None:
         return None
     size, start = places[at]
     return [steps[:start] + steps[start + size :]]
+
+
+def _short_text(steps: list[Step], at: int) -> list[list[Step]] | None:
+    # A long name becomes a short one in all steps.
+    words = {a for step in steps for a in step.args if isinstance(a, str)}
+    texts = sorted(word for word in words if set(word) == {"x"})
+    if at >= len(texts):
+        return None
+    return [
+        [s._replace(args=tuple("vm" if a == texts[at] else a for a in s.args)) for s in steps]
+    ]
 
 
 def _without_fault(steps: list[Step], at: int) -> list[list[Step]] | None:
