@@ -226,6 +226,11 @@ def test_command(capsys):
     assert {"why", "page_size", "lost", "lost_blocks", "phantom_blocks", "violations"} <= set(
         told["rows"][0]
     )
+    lost = {(row["from"], row["to"]): row["lost"] for row in told["rows"][:4]}
+    assert lost["7.0", "6.19"] == []
+    assert lost["6.19", "7.0"] == sorted(
+        ["pages", "tables", "buffers", "arena", "range", "vmalloc", "vm-a", "vm-b", "oops"]
+    )
     (trip,) = told["round_trips"]
     assert (trip["from"], trip["via"], trip["to"]) == ("7.0", ["6.19"], "7.0")
     assert trip["outcome"] == PANIC
@@ -239,6 +244,14 @@ def test_command_prints_programs(capsys):
     assert main(["matrix", "--program", "7.0", "6.17", "--unfinalized", "--only", "range"]) == 0
     text = capsys.readouterr().out
     assert "page_size=4096, finalize=False, only=('range',)):" in text
+
+
+def test_command_names_own_releases_shortly(capsys):
+    """The table shows a release's name, not the file that it comes from."""
+    own = str(ROOT / "examples" / "own_release.py")
+    assert main(["matrix", "--from", own, "--to", f"7.3,{own}", "--page-size", "4K"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[2:4] == ["from \\ to  7.3 7.3-list", "7.3-list     c        R"]
 
 
 @pytest.mark.parametrize(

@@ -182,13 +182,18 @@ def _told(runs: Sequence[Run]) -> list[str]:
 
 
 def _table(title: str, pairs: Sequence[Run]) -> list[str]:
+    from khosim.kernel.release import find_release
+
     old = list(dict.fromkeys(played.cell.releases[0] for played in pairs))
     new = list(dict.fromkeys(played.cell.releases[1] for played in pairs))
     letters = {played.cell.releases: _LETTERS[played.outcome] for played in pairs}
-    first = max(9, *(len(name) for name in old))
-    widths = [max(5, len(name) + 1) for name in new]
-    lines = [title, "", "from \\ to".ljust(first) + _row(new, widths)]
-    lines += [name.ljust(first) + _row([letters[name, to] for to in new], widths) for name in old]
+    shown = {name: find_release(name).name for name in (*old, *new)}
+    first = max(9, *(len(shown[name]) for name in old))
+    widths = [max(5, len(shown[name]) + 1) for name in new]
+    lines = [title, "", "from \\ to".ljust(first) + _row([shown[name] for name in new], widths)]
+    for name in old:
+        row = _row([letters[name, to] for to in new], widths)
+        lines.append(shown[name].ljust(first) + row)
     return [*lines, ""]
 
 

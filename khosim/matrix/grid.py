@@ -63,8 +63,7 @@ class Run:
         """What was in play at first and is not there, or not intact, at last."""
         first, last = self.legs[0], self.legs[-1]
         alive = last.outcome != "panic" and len(self.legs) == len(self.cell.releases) - 1
-        names = [*first.fates, *first.unclaimed]
-        return [name for name in names if not alive or last.fates.get(name) != INTACT]
+        return [name for name in first.names if not alive or last.fates.get(name) != INTACT]
 
     @property
     def contradiction(self) -> str:
@@ -99,7 +98,7 @@ def _leg_json(leg: Leg) -> dict[str, Any]:
         "outcome": leg.outcome,
         "why": leg.why,
         "panic": leg.panic or None,
-        "lost": sorted(leg.damage),
+        "lost": leg.gone,
         "fates": leg.fates,
         "unclaimed": leg.unclaimed,
         "preserved_blocks": leg.preserved,

@@ -91,7 +91,7 @@ def hand_over(
         leg.cause = difference(kernel.release, find_release(name), page_size)
         legs.append(leg)
         known = {str(violation) for violation in machine.check()}
-        names = [*held, *(name for name in only if name == REGION)]
+        names = leg.names = [*held, *(name for name in only if name == REGION)]
         try:
             preserve(kernel, held)
             machine.load_successor(kernel, find_release(name), finalize=finalize)

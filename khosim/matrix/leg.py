@@ -19,6 +19,8 @@ class Leg:
     old: str
     new: str
     outcome: str = ""
+    names: list[str] = field(default_factory=list)
+    """What is in play."""
     cause: str = ""
     """What the two releases understand differently under one name."""
     panic: str = ""
@@ -68,6 +70,11 @@ class Leg:
         alone = f"; {self.new} has no calls for: {', '.join(self.unclaimed)}"
         text = f"all {self.preserved} blocks reserved, all content intact"
         return text + (alone if self.unclaimed else "")
+
+    @property
+    def gone(self) -> list[str]:
+        """What the successor does not have, or not as it was; all of it where it died."""
+        return sorted(self.names if self.panic else self.damage)
 
     def _misread(self) -> str:
         parts = [self.cause] if self.cause and (self.lost or self.phantom) else []
