@@ -60,6 +60,15 @@ class MapMachine(RuleBasedStateMachine):
         self.forget(*span)
         self.pages.update((pfn, state) for pfn in range(*span))
 
+    @rule(pick=st.integers(0, PAGES), state=states)
+    def set_a_run(self, pick: int, state: PageState) -> None:
+        runs = runs_of(self.pages)
+        if runs:
+            start, end, _ = runs[pick % len(runs)]
+            self.map.set(start, end, state)
+            self.forget(start, end)
+            self.pages.update(dict.fromkeys(range(start, end), state))
+
     @rule(span=spans)
     def clear(self, span: tuple[int, int]) -> None:
         self.map.clear(*span)

@@ -202,7 +202,8 @@ class Kernel(DirectMap, KhoCalls):
             self.emit("printk", {"message": message}, None)
 
     def _check_request(self, order: int, nid: int | None) -> None:
-        self.check_alive()
+        if not self.alive:
+            self.check_alive()
         if order < 0:
             raise InputError("order", f"{order} is negative")
         if nid is not None and nid not in self.hardware.memory_map.online_nodes:

@@ -64,14 +64,15 @@ class Folio:
 
     def write(self, offset: int, data: bytes, *, by: str = "user") -> None:
         """Store ``data`` at ``offset`` bytes into the folio."""
-        self._check(offset, len(data))
         kernel = self.kernel
+        self._check(kernel, offset, len(data))
         kernel.ram.write((self.pfn << kernel.arch.page_shift) + offset, data, kernel.by(by))
 
     def read(self, offset: int, len_bytes: int) -> bytes:
         """``len_bytes`` bytes from ``offset``."""
-        self._check(offset, len_bytes)
-        return self.kernel.ram.read(self.phys + offset, len_bytes)
+        kernel = self.kernel
+        self._check(kernel, offset, len_bytes)
+        return kernel.ram.read((self.pfn << kernel.arch.page_shift) + offset, len_bytes)
 
     def get(self) -> None:
         """``folio_get``."""
@@ -85,8 +86,9 @@ class Folio:
         if self.kernel.trace is not None:
             self.kernel.emit("folio_put", {"pfn": self.pfn, "order": self.order}, freed)
 
-    def _check(self, offset: int, len_bytes: int) -> None:
-        self.kernel.check_alive()
-        room = self.kernel.arch.page_size << self.order
+    def _check(self, kernel: Kernel, offset: int, len_bytes: int) -> None:
+        if not kernel.alive:
+            kernel.check_alive()
+        room = kernel.arch.page_size << self.order
         if offset < 0 or len_bytes < 0 or offset + len_bytes > room:
             raise RamFault(self.phys + offset, len_bytes, f"outside of {self!r}")

@@ -272,7 +272,8 @@ class PageAllocator(ZoneLayout):
 
     def restored_state(self, order: int, compound: bool) -> PageState:
         """The state of pages that KHO just restored."""
-        return self._state(order, compound, "kho_restore")
+        key = (order, compound, "kho_restore")
+        return self._states.get(key) or self._state(*key)
 
     def split_page(self, pfn: int, order: int, owner: str) -> None:
         """``split_page``: a block becomes order-0 pages with a reference each."""

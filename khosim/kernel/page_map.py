@@ -126,7 +126,20 @@ class PageMap:
             return
         starts, ends, states = self._starts, self._ends, self._states
         i = bisect_left(starts, start_pfn)
-        if (i and ends[i - 1] > start_pfn) or (i < len(starts) and starts[i] < end_pfn):
+        if i < len(starts) and starts[i] == start_pfn and ends[i] == end_pfn:
+            # The very run that is there, as for a block that is restored.
+            if self.private:
+                self._forget(self.private, start_pfn, end_pfn)
+            if self.refs:
+                self._forget(self.refs, start_pfn, end_pfn)
+            if not (
+                (i and ends[i - 1] == start_pfn and states[i - 1] == state)
+                or (i + 1 < len(starts) and starts[i + 1] == end_pfn and states[i + 1] == state)
+            ):
+                states[i] = state
+                return
+            del starts[i], ends[i], states[i]
+        elif (i and ends[i - 1] > start_pfn) or (i < len(starts) and starts[i] < end_pfn):
             self.clear(start_pfn, end_pfn)
             i = bisect_left(starts, start_pfn)
         joins_right = i < len(starts) and starts[i] == end_pfn and states[i] == state
