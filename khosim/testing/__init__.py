@@ -1,0 +1,121 @@
+"""A kit for other people's tests: machines, faults, whole lives of kernels, and what must hold.
+
+The names below are stable. Each is loaded when it is first asked for, so that the pytest plugin
+(:mod:`khosim.testing.plugin`) costs projects nothing that do not use it. ``docs/testing.md`` shows
+them at work. Needs ``pytest`` and ``hypothesis``: the extra ``khosim[testing]``.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # typing's own constant, without the cost of importing typing
+if TYPE_CHECKING:
+    from khosim.testing.asserts import (
+        assert_no_violations,
+        assert_not_preserved,
+        assert_preserved,
+        assert_preserved_is_held,
+        assert_survives,
+        violation_report,
+    )
+    from khosim.testing.drivers import deep_lives, handover_machine
+    from khosim.testing.faults import (
+        Fault,
+        FaultPlan,
+        failing_allocation,
+        refusing_freeze,
+    )
+    from khosim.testing.life import Life
+    from khosim.testing.plans import FolioPlan, MachinePlan, MemfdPlan, SessionPlan
+    from khosim.testing.rules import Hooks, Operation, Rules, operation
+    from khosim.testing.strategies import (
+        cmdlines,
+        fault_plans,
+        folio_sets,
+        machine_plans,
+        machines,
+        memfd_plans,
+        memory_maps,
+        mutated_cmdlines,
+        release_pairs,
+        session_plans,
+    )
+
+__all__ = (
+    "Fault",
+    "FaultPlan",
+    "FolioPlan",
+    "Hooks",
+    "Life",
+    "MachinePlan",
+    "MemfdPlan",
+    "Operation",
+    "Rules",
+    "SessionPlan",
+    "assert_no_violations",
+    "assert_not_preserved",
+    "assert_preserved",
+    "assert_preserved_is_held",
+    "assert_survives",
+    "cmdlines",
+    "deep_lives",
+    "failing_allocation",
+    "fault_plans",
+    "folio_sets",
+    "handover_machine",
+    "machine_plans",
+    "machines",
+    "memfd_plans",
+    "memory_maps",
+    "mutated_cmdlines",
+    "operation",
+    "refusing_freeze",
+    "release_pairs",
+    "session_plans",
+    "violation_report",
+)
+
+_HOMES = {
+    "asserts": (
+        "assert_no_violations",
+        "assert_not_preserved",
+        "assert_preserved",
+        "assert_preserved_is_held",
+        "assert_survives",
+        "violation_report",
+    ),
+    "drivers": ("deep_lives", "handover_machine"),
+    "faults": ("Fault", "FaultPlan", "failing_allocation", "refusing_freeze"),
+    "life": ("Life",),
+    "plans": ("FolioPlan", "MachinePlan", "MemfdPlan", "SessionPlan"),
+    "rules": ("Hooks", "Operation", "Rules", "operation"),
+    "strategies": (
+        "cmdlines",
+        "fault_plans",
+        "folio_sets",
+        "machine_plans",
+        "machines",
+        "memfd_plans",
+        "memory_maps",
+        "mutated_cmdlines",
+        "release_pairs",
+        "session_plans",
+    ),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module, once."""
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"khosim.testing.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return what the module has, and what it would load."""
+    return sorted({*globals(), *_HOME})
