@@ -371,13 +371,15 @@ def test_a_wrong_option_is_one_line(pytester: pytest.Pytester, option: str, says
     result.stderr.fnmatch_lines([f"ERROR: {says}"])
 
 
-@pytest.mark.slow
 def test_the_document_and_the_example_run(pytester: pytest.Pytester) -> None:
     """All blocks of docs/testing.md are one file of tests; so is the example to copy."""
     text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 5
-    pytester.makepyfile(test_document="\n".join(blocks), test_example=SUBSYSTEM.read_text("utf-8"))
+    few = "\n{0}.settings = settings({0}.settings, max_examples=4)\n"
+    document = "\n".join(blocks) + few.format("TestBlobs")
+    example = SUBSYSTEM.read_text("utf-8") + "\nfrom hypothesis import settings"
+    pytester.makepyfile(test_document=document, test_example=example + few.format("TestCounters"))
     result = _pytester_run(pytester)
     result.assert_outcomes(passed=9)
 
