@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         release_pairs,
         session_plans,
     )
+    from khosim.testing.witness import Witness
 
 __all__ = (
     "Fault",
@@ -51,6 +52,7 @@ __all__ = (
     "Operation",
     "Rules",
     "SessionPlan",
+    "Witness",
     "assert_no_violations",
     "assert_not_preserved",
     "assert_preserved",
@@ -100,6 +102,7 @@ _HOMES = {
         "release_pairs",
         "session_plans",
     ),
+    "witness": ("Witness",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

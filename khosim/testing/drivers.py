@@ -23,7 +23,7 @@ from khosim.testing.life import Life
 from khosim.testing.ops_sessions import chosen
 from khosim.testing.plans import MachinePlan
 from khosim.testing.rules import Hooks, Operation, Rules
-from khosim.testing.shrink import Failure, shrink
+from khosim.testing.shrink import Failure, failure_of, shrink
 
 if TYPE_CHECKING:
     from unittest import TestCase
@@ -126,9 +126,13 @@ class _Driver:
 
 
 def _begin(
-    rules: Rules, machine: MachinePlan, releases: tuple[str | Release, str | Release]
+    rules: Rules,
+    machine: MachinePlan,
+    releases: tuple[str | Release, str | Release],
+    *,
+    witnessed: bool = False,
 ) -> Life:
-    return Life(rules, machine=machine, releases=releases)
+    return Life(rules, machine=machine, releases=releases, witnessed=witnessed)
 
 
 def _state_machine(rules: Rules, name: str) -> type[RuleBasedStateMachine]:
@@ -208,7 +212,7 @@ class _Deep:
         self.steps = steps
         self.done = 0
         self.failure: Failure | None = None
-        self.begin: Callable[[], Life] | None = None
+        self.begin: Callable[..., Life] | None = None
 
     def run(self, number: int, lives: int) -> None:
         """Live until one fails."""
@@ -226,7 +230,9 @@ class _Deep:
             if self.failure is None:
                 raise
         if self.failure is not None and self.begin is not None:
-            raise shrink(self.begin, self.failure, self.rules.ops).error
+            short = shrink(self.begin, self.failure, self.rules.ops)
+            told = failure_of(partial(self.begin, witnessed=True), short.steps)
+            raise short.error if told is None else told.error
 
     def _live(self, data: st.DataObject) -> None:
         rules = self.rules

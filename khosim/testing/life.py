@@ -7,6 +7,7 @@ what its author holds, which tell what may be done next and what has to come bac
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from khosim.testing.plans import MachinePlan
 from khosim.testing.program import PLACES, script
 from khosim.testing.rules import Operation, Rules, release_source
 from khosim.testing.step import Step, Thing, Written, call, compiled, indented
+from khosim.testing.witness import Witness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -60,8 +62,9 @@ assert set(_TOOLS) == set(PLACES)
 class Life:
     """A machine, its kernels, and the program so far. It boots at once.
 
-    ``releases`` are those of the first kernel and of its successors. Raises whatever a step
-    raises; the error then carries the program as a note.
+    ``releases`` are those of the first kernel and of its successors. ``witnessed`` has a
+    :class:`~khosim.testing.Witness` listen, who adds a page's story to a failure.
+    Raises whatever a step raises; the error then carries the program as a note.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Life:
         *,
         machine: MachinePlan | None = None,
         releases: tuple[str | Release, str | Release] = ("7.3", "7.3"),
+        witnessed: bool = False,
     ) -> None:
         self.rules = rules
         self.plan = machine or MachinePlan()
@@ -93,6 +97,7 @@ class Life:
             or rules.hooks.after_restore
         )
         self._exec(f"machine = {self.plan.source}")
+        self.witness = Witness(self.machine) if witnessed else None
         self._cold_boot()
 
     # -- what operations ask ---------------------------------------------------------------------
@@ -227,6 +232,17 @@ class Life:
 
     def _tell(self, error: Exception) -> None:
         error.add_note(f"khosim program:\n\n{self.program()}")
+        if self.witness is not None:
+            phys = self._page_of(str(error))
+            if phys > 0:
+                error.add_note(f"khosim story:\n\n{self.witness.story(phys)}")
+
+    def _page_of(self, text: str) -> int:
+        # The page that a failed assertion is about, or 0.
+        found = re.search(r"pfn \[(0x[0-9a-f]+)-", text)
+        if found is not None:
+            return int(found[1], 16) << self.machine.hardware.page_shift
+        return next((violation.phys for violation in self.machine.check()), 0)
 
     def _use(self, functions: Iterable[Callable[..., Any]]) -> None:
         for function in functions:
