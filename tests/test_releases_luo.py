@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from khosim import KernelError, Machine
+from khosim import KernelError, KernelPanic, Machine
+from khosim.bugs.entries.d20_file_uaf import Driver, DriversHandler
+from khosim.bugs.live import Device
 from khosim.inspect.blob import inspect_blob
 from khosim.kernel.kexec import kernel_kexec
 from khosim.kernel.liveupdate.file_ops import FileHandler
@@ -206,3 +208,20 @@ def test_who_is_registered_holds_a_module(release, held):
         assert (Handler.owner.refcnt, Shared.owner.refcnt) == (held, 0)
         kernel.liveupdate.unregister_file_handler(handler)
         assert Handler.owner.refcnt == 0
+
+
+@pytest.mark.parametrize(("release", "survives"), [("7.1", False), ("7.2", True)])
+def test_finishing_asks_a_driver_before_it_lets_go(release, survives):
+    """291dcd37c8c8: a file's identity is asked of a handler whose module may be gone by then."""
+    _, kernel = boot(release)
+    kernel.liveupdate.register_file_handler(DriversHandler(kernel, Driver()))
+    kernel.liveupdate.create_session("vm").preserve(Device(kernel), 1)
+    successor = kernel.kexec()
+    successor.liveupdate.register_file_handler(DriversHandler(successor, Driver()))
+    session = successor.liveupdate.retrieve_session("vm")
+    session.retrieve(1)
+    if survives:
+        session.finish()
+    else:
+        with pytest.raises(KernelPanic):
+            session.finish()
