@@ -26,6 +26,9 @@ class BlockList(BlockTracker):
     def init_tree(self, root=0):
         """Adopt the predecessor's list, or begin an empty one."""
         self.root = root or self._new_page()
+        # Only RAM crosses; these spare this kernel a walk through the list for every block.
+        self._where = {entry: at for at, entry in self._entries()}
+        self._counts = {page: count for page, _, count in self._pages()}
         return 0 if self.root else -errno.ENOMEM
 
     def _new_page(self):
@@ -52,30 +55,35 @@ class BlockList(BlockTracker):
     def add_block(self, pfn, order):
         """Append the block, unless it is there already."""
         entry = self._entry(pfn, order)
-        if any(known == entry for _, known in self._entries()):
+        if entry in self._where:
             return 0
         ram, by = self.kernel.ram, self.kernel.by("block_list_add")
         room = (self.kernel.arch.page_size - _HEAD.size) // 8
-        last, _, count = list(self._pages())[-1]
-        if count == room:
+        last = next(reversed(self._counts))
+        if self._counts[last] == room:
             fresh = self._new_page()
             if not fresh:
                 return -errno.ENOMEM
             ram.write_u64(last, fresh, by)
-            last, count = fresh, 0
-        ram.write_u64(last + _HEAD.size + 8 * count, entry, by)
-        ram.write_u64(last + 8, count + 1, by)
+            last, self._counts[fresh] = fresh, 0
+        self._where[entry] = at = last + _HEAD.size + 8 * self._counts[last]
+        ram.write_u64(at, entry, by)
+        self._counts[last] += 1
+        ram.write_u64(last + 8, self._counts[last], by)
         return 0
 
     def del_block(self, pfn, order):
         """Put the last entry into the place of the one that goes; pages are kept."""
-        found = [at for at, entry in self._entries() if entry == self._entry(pfn, order)]
-        if found:
+        at = self._where.pop(self._entry(pfn, order), 0)
+        if at:
             ram, by = self.kernel.ram, self.kernel.by("block_list_del")
-            *_, (last_at, last) = self._entries()
-            ram.write_u64(found[0], last, by)
-            page = last_at & -self.kernel.arch.page_size
-            ram.write_u64(page + 8, ram.read_u64(page + 8) - 1, by)
+            page = next(page for page in reversed(self._counts) if self._counts[page])
+            self._counts[page] -= 1
+            last = ram.read_u64(page + _HEAD.size + 8 * self._counts[page])
+            ram.write_u64(at, last, by)
+            if last in self._where:
+                self._where[last] = at
+            ram.write_u64(page + 8, self._counts[page], by)
         else:
             self.kernel.warn(f"WARNING: block_list_del: pfn {pfn:#x} was never preserved")
         return True
