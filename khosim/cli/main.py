@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "bugs": ("khosim.cli.bugs", "the museum: bugs that were fixed, replayed"),
     "conform": ("khosim.cli.conform", "hold khosim against a real capture, item by item"),
     "lab": ("khosim.cli.lab", "boot a real kernel in QEMU and capture its handovers"),
+    "completion": ("khosim.cli.completion", "print what makes a shell complete all this"),
 }
 """Name of each subcommand: its module, and what it does in one line."""
 
