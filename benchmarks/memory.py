@@ -37,7 +37,8 @@ def _resident_after_handover(ram: str, nr_pages: int) -> tuple[int, int]:
     from khosim import Machine
 
     # What Python and numpy load on first use is not the machine's.
-    _hand_over(Machine("256M", checks=False), 64)
+    with Machine("256M", checks=False) as machine:
+        _hand_over(machine, 64)
     before = resident_bytes()
     machine = Machine(ram, checks=False)
     _hand_over(machine, nr_pages)

@@ -28,8 +28,11 @@ def tracking(context: Context) -> Iterator[Record]:
 
 
 def _range(context: Context) -> Iterator[Record]:
-    kernel = Machine("16T", nodes=1, checks=False).boot(cmdline="kho=on")
+    with Machine("16T", nodes=1, checks=False) as machine:
+        yield from _range_on(machine.boot(cmdline="kho=on"), context)
 
+
+def _range_on(kernel: Kernel, context: Context) -> Iterator[Record]:
     def preserve(nr_pages: int) -> None:
         kernel.kho_preserve_pages(nr_pages, nr_pages)
         if _walked_pages(kernel) < nr_pages:
@@ -102,12 +105,13 @@ def _scattered_pfns(tib: int) -> npt.NDArray[np.int64]:
 
 
 def _preserve_scattered(pfns: npt.NDArray[np.int64]) -> None:
-    kernel = Machine("16T", nodes=1, checks=False).boot(cmdline="kho=on")
-    nr_keys, phys_sum = _walked_keys(kernel)  # boot has preserved a few pages of its own
-    kernel.kho_preserve_folios(pfns)
-    expected = nr_keys + len(pfns), phys_sum + (int(pfns.sum()) << _PAGE_SHIFT)
-    if _walked_keys(kernel) != expected:
-        raise AssertionError("the walk lost pages")
+    with Machine("16T", nodes=1, checks=False) as machine:
+        kernel = machine.boot(cmdline="kho=on")
+        nr_keys, phys_sum = _walked_keys(kernel)  # boot has preserved a few pages of its own
+        kernel.kho_preserve_folios(pfns)
+        expected = nr_keys + len(pfns), phys_sum + (int(pfns.sum()) << _PAGE_SHIFT)
+        if _walked_keys(kernel) != expected:
+            raise AssertionError("the walk lost pages")
 
 
 def _walked_keys(kernel: Kernel) -> tuple[int, int]:

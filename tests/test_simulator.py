@@ -401,6 +401,26 @@ def test_a_closed_machine_is_freed_at_once():
         gc.enable()
 
 
+def test_huge_machines_in_a_row_need_no_close():
+    """Twelve of 16 TiB do not fit the address space; those that are gone make room for the next."""
+    gc.disable()
+    try:
+        for _ in range(12):
+            kernel = Machine("16T", checks=False).boot(cmdline="kho=on")
+            assert kernel.ram.read(kernel.kho_out.fdt_phys, 4) == bytes.fromhex("d00dfeed")
+    finally:
+        gc.enable()
+
+
+def test_huge_machines_in_use_are_kept():
+    """Where all of them are still needed, the next one is refused, and they go on working."""
+    machines = []
+    with pytest.raises(InputError, match=r"^RAM: size: the host does not map 17\d+ bytes"):
+        machines.extend(Machine("16T", checks=False) for _ in range(12))
+    assert len(machines) > 1
+    assert [machine.boot().generation for machine in machines[:2]] == [0, 0]
+
+
 def test_kernels_of_a_closed_machine_are_dead():
     """They still tell who they were and what they logged; RAM outlives them."""
     with Machine("64M", checks=False) as machine:

@@ -9,6 +9,7 @@ shadow's back, and a mapping that somebody still looks at is not used again.
 
 from __future__ import annotations
 
+import gc
 import mmap
 
 from khosim.errors import InputError
@@ -21,20 +22,31 @@ _kept: list[mmap.mmap] = []  # one at most
 
 
 def map_memory(len_bytes: int) -> mmap.mmap:
-    """Zeroed, lazily committed memory; :class:`InputError` where the host has no room for it."""
+    """Zeroed, lazily committed memory; :class:`InputError` where the host has no room for it.
+
+    Machines that nobody uses any more but that wait for the garbage collector make room first: a
+    handful of 16 TiB fills an address space of 47 bits.
+    """
     try:
-        mapping = _kept.pop()
-        if len(mapping) == len_bytes:
-            return mapping
-    except IndexError:
-        pass
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        return _map(len_bytes)
+    except OSError:
+        gc.collect()
     try:
-        mapping = mmap.mmap(-1, len_bytes, flags=flags)
-        mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        return _map(len_bytes)
     except OSError as error:
         cause = f"the host does not map {len_bytes} bytes: {error.strerror}"
         raise InputError("RAM: size", cause) from None
+
+
+def _map(len_bytes: int) -> mmap.mmap:
+    if _kept:
+        mapping = _kept.pop()
+        if len(mapping) == len_bytes:
+            return mapping
+        mapping.close()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    mapping = mmap.mmap(-1, len_bytes, flags=flags)
+    mapping.madvise(mmap.MADV_NOHUGEPAGE)
     return mapping
 
 
