@@ -424,7 +424,7 @@ def test_the_document_and_the_example_run(pytester: pytest.Pytester) -> None:
     document = "\n".join(blocks) + few.format("TestBlobs")
     example = SUBSYSTEM.read_text("utf-8") + "\nfrom hypothesis import settings"
     pytester.makepyfile(test_document=document, test_example=example + few.format("TestCounters"))
-    result = _pytester_run(pytester)
+    result = _pytester_run(pytester, "--hypothesis-seed=1")
     result.assert_outcomes(passed=10)
 
 
