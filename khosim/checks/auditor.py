@@ -8,7 +8,7 @@ remembers the handover (:mod:`khosim.checks.history`); at every look it asks the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from khosim.checks.decode import decode_handover
 from khosim.checks.formats import format_of
@@ -18,13 +18,25 @@ from khosim.checks.look import AT_ANY_TIME, BOOTED, IN_BETWEEN, JUMP, RETRIEVED,
 from khosim.checks.ranges import merged
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from khosim.checks.kernel_view import KernelView
     from khosim.checks.violation import Violation
     from khosim.machine.hardware import Hardware
 
 __all__ = ("Auditor",)
+
+_Checks: TypeAlias = "Mapping[str, Sequence[Callable[[Look], Sequence[Violation]]]]"
+
+
+def _by_stage(invariants: Sequence[Invariant]) -> _Checks:
+    return {
+        stage: tuple(invariant.check for invariant in invariants if stage in invariant.stages)
+        for stage in (IN_BETWEEN, TAKEOVER, BOOTED, RETRIEVED, JUMP, AT_ANY_TIME)
+    }
+
+
+_ALL = _by_stage(INVARIANTS)
 
 
 class Auditor:
@@ -38,10 +50,7 @@ class Auditor:
     def __init__(self, hardware: Hardware, invariants: Sequence[Invariant] = INVARIANTS) -> None:
         self.hardware = hardware
         self.invariants = tuple(invariants)
-        self._by_stage = {
-            stage: [invariant.check for invariant in invariants if stage in invariant.stages]
-            for stage in (IN_BETWEEN, TAKEOVER, BOOTED, RETRIEVED, JUMP, AT_ANY_TIME)
-        }
+        self._by_stage = _ALL if invariants is INVARIANTS else _by_stage(invariants)
         self._history = History()
         self._violations: list[Violation] = []
         self._known: set[tuple[str, int, str]] = set()

@@ -1,25 +1,29 @@
 """A census of all pages of a kernel: who claims each of them, and how often.
 
-Free lists, page map, deferred ranges and memory itself are added up in one pass along the page
-frames (:func:`khosim.checks.ranges.sweep`), each in a bit field of its own. The sum of a page tells
-at once whether it is claimed once, twice or not at all. Costs what there is of blocks and runs.
+Where the claims of free lists, page map and deferred ranges fill memory side by side, all is well.
+Else they and memory itself are added up in one pass along the page frames
+(:func:`khosim.checks.ranges.sweep`), each in a bit field of its own. The sum of a page tells at
+once whether it is claimed once, twice or not at all. Costs what there is of blocks and runs.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from khosim.checks.ranges import sweep, where
+from khosim.checks.ranges import pairs, sweep, where
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from khosim.checks.kernel_view import KernelView, ZoneView
     from khosim.checks.ranges import I64, Ranges
+
+    _Claims: TypeAlias = tuple[I64, I64, I64]
+    """Starts, ends and weights."""
 
 __all__ = ("Census", "Verdict", "take_census")
 
@@ -28,6 +32,7 @@ _FREE, _ALLOCATED, _DEFERRED, _RESERVED, _INCOMING = (1 << (10 * i) for i in ran
 _MEMORY = 1 << 50
 _HELD = 1 << 52
 _KIND_WEIGHTS = np.array([_ALLOCATED, _RESERVED, _INCOMING], dtype=np.int64)
+_NOTHING = np.empty(0, dtype=np.int64)
 _MANY = 256  # blocks of one list from which numpy makes their ends
 
 
@@ -100,21 +105,26 @@ class Census:
 
     def __init__(
         self,
-        edges: I64,
-        levels: I64,
         managed_pages: int,
         found_pages: int,
         free_errors: list[tuple[ZoneView, int, int, int]],
         strays: list[tuple[ZoneView, int]],
     ) -> None:
-        self.strays = strays
-        self._edges = edges
-        self._levels = levels
         self.managed_pages = managed_pages
         self.found_pages = found_pages
         self.free_errors = free_errors
+        self.strays = strays
+        self.bad: dict[int, Verdict] = {}
+        """What is wrong with pages of these sums."""
+        self._edges = self._levels = _NOTHING
+
+    def add_up(self, starts: I64, ends: I64, weights: I64) -> None:
+        """Add up the weights of all claims, page by page, and judge the sums."""
+        self._edges, self._levels = sweep(starts, ends, weights)
         self.bad = {
-            level: verdict for level in _distinct(levels) if (verdict := _verdict(level)) != _FINE
+            level: verdict
+            for level in _distinct(self._levels)
+            if (verdict := _verdict(level)) != _FINE
         }
 
     def pages(self, flag: str) -> Ranges:
@@ -138,98 +148,117 @@ def take_census(
     pages = kernel.pages
     map_starts, map_ends, states = pages.pages.columns()
     starts, ends = [*map_starts], [*map_ends]
-    kinds = bytes(map(_KINDS.__getitem__, map(attrgetter("kind"), states)))
-    map_weights = _KIND_WEIGHTS[np.frombuffer(kinds, dtype=np.uint8)]
-    nr_runs = len(starts)
-    weights: list[int] = []
     for start, end, _nid in pages.deferred:
         starts.append(start)
         ends.append(end)
-        weights.append(_DEFERRED)
-    _add_memory(kernel, ram_ranges, page_shift, starts, ends, weights)
-    nr_others = len(starts)
-    parts: list[tuple[I64, I64, int]] = []
+    first_free = len(starts)
+    parts: list[_Claims] = []
     free_errors: list[tuple[ZoneView, int, int, int]] = []
-    spans: list[tuple[ZoneView, int, int, int]] = []
+    strays: list[tuple[ZoneView, int]] = []
     managed = free = 0
     for zone in pages.zones:
-        managed += zone.managed_pages
         first_of_zone, first_part = len(starts), len(parts)
-        max_runs = zone.max_runs
-        for migratetype, lists in enumerate(zone.free):
-            listed = 0
-            for order, blocks in enumerate(lists):
-                if not blocks:
-                    continue
-                size = 1 << order
-                listed += len(blocks) << order
-                if len(blocks) > _MANY:
-                    firsts = np.fromiter(blocks, np.int64, len(blocks))
-                    parts.append((firsts, firsts + size, _FREE))
-                else:
-                    starts += blocks
-                    ends += [pfn + size for pfn in blocks]
-            for pfn, nr_blocks in max_runs[migratetype]:
-                nr_pages = nr_blocks << zone.max_order
-                listed += nr_pages
-                starts.append(pfn)
-                ends.append(pfn + nr_pages)
+        for migratetype, counted in enumerate(zone.nr_free):
+            listed = _add_free(zone, migratetype, starts, ends, parts)
             free += listed
-            if listed != zone.nr_free[migratetype]:
-                free_errors.append((zone, migratetype, zone.nr_free[migratetype], listed))
-        spans.append((zone, first_of_zone, len(starts), first_part))
-    weights += [_FREE] * (len(starts) - nr_others)
-    if held is not None:
-        nr_held = len(held[0])
-        if nr_held > _MANY:
-            parts.append((held[0], held[1], _HELD))
-        elif nr_held:
-            starts += held[0].tolist()
-            ends += held[1].tolist()
-            weights += [_HELD] * nr_held
-    low, high = np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
-    weight = np.concatenate((map_weights, np.array(weights, dtype=np.int64)))
-    strays = _strays(spans, low, parts)
-    taken = (high[:nr_runs] - low[:nr_runs])[map_weights == _ALLOCATED]
-    if parts:
-        low = np.concatenate([low, *(part[0] for part in parts)])
-        high = np.concatenate([high, *(part[1] for part in parts)])
-        weight = np.concatenate([weight, *(np.full(len(part[0]), part[2]) for part in parts)])
-    edges, levels = sweep(low, high, weight)
-    return Census(edges, levels, managed, free + int(taken.sum()), free_errors, strays)
+            if listed != counted:
+                free_errors.append((zone, migratetype, counted, listed))
+        managed += zone.managed_pages
+        stray = _stray(zone, starts[first_of_zone:], parts[first_part:])
+        if stray is not None:
+            strays.insert(0, (zone, stray))
+    taken = 0
+    incoming: list[tuple[int, int]] = []
+    for start, end, state in zip(map_starts, map_ends, states, strict=True):
+        kind = state.kind
+        if kind == "incoming":
+            incoming.append((start, end))
+        elif kind != "reserved":
+            taken += end - start
+    memory = _memory(kernel, ram_ranges, page_shift)
+    census = Census(managed, free + taken, free_errors, strays)
+    if parts or not (_fill(starts, ends, memory) and _are_kept(held, incoming)):
+        kinds = bytes(_KINDS[state.kind] for state in states)
+        weights = _KIND_WEIGHTS[np.frombuffer(kinds, dtype=np.uint8)]
+        counts = (first_free - len(states), len(starts) - first_free, len(memory))
+        weights = np.append(weights, np.repeat((_DEFERRED, _FREE, _MEMORY), counts))
+        starts += [start for start, _ in memory]
+        ends += [end for _, end in memory]
+        parts.append((np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64), weights))
+        if held is not None:
+            parts.append((held[0], held[1], np.full(len(held[0]), _HELD)))
+        census.add_up(*map(np.concatenate, zip(*parts, strict=True)))
+    return census
 
 
-def _strays(
-    spans: list[tuple[ZoneView, int, int, int]], low: I64, parts: list[tuple[I64, I64, int]]
-) -> list[tuple[ZoneView, int]]:
-    # spans: a zone, where its free blocks begin and end in low, and where in parts. One block
-    # outside of the zone's pfns tells enough.
-    found = []
-    stop = len(parts)
-    for zone, first, last, first_part in reversed(spans):
-        blocks = [part[0] for part in parts[first_part:stop] if part[2] == _FREE]
-        stop = first_part
-        if first < last:
-            blocks.append(low[first:last])
-        for firsts in blocks:
-            least, most = int(firsts.min()), int(firsts.max())
-            if least < zone.start_pfn or most >= zone.end_pfn:
-                found.append((zone, least if least < zone.start_pfn else most))
-                break
-    return found
+def _add_free(
+    zone: ZoneView, migratetype: int, starts: list[int], ends: list[int], parts: list[_Claims]
+) -> int:
+    # The pages on a zone's free lists of one type; their blocks go to the lists, or many to parts.
+    listed = 0
+    for order, blocks in enumerate(zone.free[migratetype]):
+        if not blocks:
+            continue
+        size, nr_blocks = 1 << order, len(blocks)
+        listed += nr_blocks << order
+        if nr_blocks > _MANY:
+            firsts = np.fromiter(blocks, np.int64, nr_blocks)
+            parts.append((firsts, firsts + size, np.full(nr_blocks, _FREE)))
+        else:
+            starts += blocks
+            ends += [pfn + size for pfn in blocks]
+    for pfn, nr_blocks in zone.max_runs[migratetype]:
+        nr_pages = nr_blocks << zone.max_order
+        listed += nr_pages
+        starts.append(pfn)
+        ends.append(pfn + nr_pages)
+    return listed
 
 
-def _add_memory(
-    kernel: KernelView,
-    ram_ranges: Sequence[tuple[int, int]],
-    page_shift: int,
-    starts: list[int],
-    ends: list[int],
-    weights: list[int],
-) -> None:
+def _fill(starts: list[int], ends: list[int], memory: list[tuple[int, int]]) -> bool:
+    """Whether the claims fill memory and nothing else, none of them over another.
+
+    Then nothing is wrong with any page, and who claims what need not be added up.
+    """
+    starts, ends = sorted(starts), sorted(ends)
+    gaps = [(end, start) for start, end in zip(starts[1:], ends, strict=False) if start != end]
+    borders = [(low[1], high[0]) for low, high in pairwise(memory) if low[1] != high[0]]
+    return (
+        gaps == borders
+        and bool(memory and starts)
+        and (starts[0], ends[-1]) == (memory[0][0], memory[-1][1])
+        and all(end < start for end, start in gaps)
+    )
+
+
+def _are_kept(held: Ranges | None, incoming: list[tuple[int, int]]) -> bool:
+    """Whether what the kernel has to keep is just what it holds for that."""
+    if held is None or not len(held[0]):
+        return True
+    joined = _join(incoming)
+    return len(held[0]) == len(joined) and joined == pairs(held, len(joined))
+
+
+def _stray(zone: ZoneView, firsts: list[int], parts: list[_Claims]) -> int | None:
+    # One block outside of the zone's pfns tells enough.
+    lows = [int(part[0].min()) for part in parts]
+    highs = [int(part[0].max()) for part in parts]
+    if firsts:
+        lows.append(min(firsts))
+        highs.append(max(firsts))
+    for least, most in zip(lows, highs, strict=True):
+        if least < zone.start_pfn or most >= zone.end_pfn:
+            return least if least < zone.start_pfn else most
+    return None
+
+
+def _memory(
+    kernel: KernelView, ram_ranges: Sequence[tuple[int, int]], page_shift: int
+) -> list[tuple[int, int]]:
     # Whole pages of each region that memblock knew, as far as there is RAM.
     slack = (1 << page_shift) - 1
     memory = kernel.memblock.memory
+    found: list[tuple[int, int]] = []
     at = 0
     ram = _joined(ram_ranges)
     for base, end in zip(memory.base, memory.end, strict=True):
@@ -240,14 +269,12 @@ def _add_memory(
             low, high = max(base, ram[i][0]), min(end, ram[i][1])
             first, last = (low + slack) >> page_shift, high >> page_shift
             if first < last:
-                starts.append(first)
-                ends.append(last)
-                weights.append(_MEMORY)
+                found.append((first, last))
             i += 1
+    return found
 
 
-@lru_cache(maxsize=64)
-def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _join(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     joined: list[tuple[int, int]] = []
     for start, end in ranges:
         if joined and joined[-1][1] == start:
@@ -255,3 +282,6 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, end))
     return joined
+
+
+_joined = lru_cache(maxsize=64)(_join)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import gc
 import mmap
 
+import numpy as np
+
 from khosim.errors import InputError
 
 __all__ = ("map_memory", "recycle")
 
 _MAP_NORESERVE = 0x4000
-_MAX_KEPT_BYTES = 4 << 20
+_MAX_KEPT_BYTES = 8 << 20
 _kept: list[mmap.mmap] = []  # one at most
 
 
@@ -65,12 +67,13 @@ def recycle(mapping: mmap.mmap, touched: list[tuple[int, int]]) -> None:
     except BufferError:
         return
     at = 0
-    with memoryview(mapping) as view:
-        for start, end in touched:
-            if at < start:
-                mapping.madvise(mmap.MADV_DONTNEED, at, start - at)
-            view[start:end] = bytes(end - start)
-            at = end
+    data = np.frombuffer(mapping, dtype=np.uint8)
+    for start, end in touched:
+        if at < start:
+            mapping.madvise(mmap.MADV_DONTNEED, at, start - at)
+        data[start:end] = 0
+        at = end
+    del data
     if at < size:
         mapping.madvise(mmap.MADV_DONTNEED, at, size - at)
     _kept[:] = [mapping]

@@ -106,7 +106,7 @@ class Ram:
         if not hasattr(self, "_next_token"):
             return  # it never came to be
         mapping = self._backing.mapping
-        touched = self._shadow.touched_runs(0, len(mapping) >> self.page_shift, self.page_shift)
+        touched = self._shadow.ever_touched(self.page_shift)
         del self.data, self.words, self.u64, self._ro, self._mv, self._u64, self._u32
         del self._backing, self._undo_log, self._undo
         recycle(mapping, touched)

@@ -24,6 +24,7 @@ import numpy as np
 __all__ = ("RunMap", "Stamp", "Writer", "WriterShadow")
 
 _DIRECT_PAGES = 32  # up to here, looking at each page beats setting up arrays
+_NEAR_PAGES = 3  # so little between two pages costs less to clear as well than to tell apart
 _FEW_PAGES = 256  # a dict of so many is searched faster without arrays, if little is found
 
 
@@ -216,6 +217,29 @@ class WriterShadow:
             shift,
         )
 
+    def ever_touched(self, shift: int) -> list[tuple[int, int]]:
+        """Ordered, disjoint runs, as of :meth:`touched_runs`, outside of which all pages are zero.
+
+        Inside some are zero as well: pages between frames that nearly adjoin, and what a large
+        write zeroed later. That is enough for whoever throws everything away, and quickly told.
+        """
+        touched = sorted([pfn for pfn, stamp in self.pages.items() if stamp[2]])
+        runs: list[tuple[int, int]] = []
+        first = end = touched[0] if touched else 0
+        for pfn in touched:
+            if pfn > end + _NEAR_PAGES:
+                runs.append((first << shift, end << shift))
+                first = pfn
+            end = pfn + 1
+        if touched:
+            runs.append((first << shift, end << shift))
+        large = self.runs
+        if any(map(_TOUCHED, large.values)):
+            columns = zip(large.starts, large.ends, large.values, strict=True)
+            runs += [(first << shift, end << shift) for first, end, stamp in columns if stamp[2]]
+            runs = _united(runs)
+        return runs
+
     def touched_frames(self, starts: _I64, ends: _I64) -> _I64 | None:
         """The touched frames of some ordered, disjoint ranges, ascending.
 
@@ -269,6 +293,16 @@ def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, stop))
     return joined
+
+
+def _united(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    united: list[tuple[int, int]] = []
+    for start, stop in sorted(runs):
+        if united and start <= united[-1][1]:
+            united[-1] = (united[-1][0], max(stop, united[-1][1]))
+        else:
+            united.append((start, stop))
+    return united
 
 
 def _runs_of_frames(frame: _I64, shift: int) -> list[tuple[int, int]]:
