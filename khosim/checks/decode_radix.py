@@ -32,6 +32,7 @@ __all__ = ("Geometry", "bit_runs", "decode_preserved", "geometry")
 _MAX_TABLE_PAGES = 1 << 18
 _MAX_RUNS = 1 << 22
 _MAX_REJECTS = 1 << 16
+_FEW_RUNS = 32
 _FEW_WORDS = 6  # leaves with up to this many non-zero words are scanned without unpacking bits
 _PHYS_BITS = 52  # no x86-64 or arm64 machine addresses more; a block as large cannot be
 _IMPOSSIBLE_KEYS = 1 << (64 - _PHYS_BITS + 1)
@@ -144,6 +145,12 @@ class _Walk:
         filled, entries = _filled_words(page)
         shift = geo.level_shift(level)
         offset_mask = self.page_size - 1
+        if len(filled) == 1:  # as in most tables
+            child, child_key = entries[0], key | filled[0] << shift
+            if not (child & offset_mask or child_key >> geo.key_width or child in seen):
+                seen.add(child)
+                stack.append((child, level - 1, child_key))
+                return
         first = len(stack)
         for index, child in zip(filled, entries, strict=True):
             child_key = key | index << shift
@@ -256,10 +263,22 @@ class _Runs:
             starts = np.concatenate([part[0] for part in self.parts])
             lengths = np.concatenate([part[1] for part in self.parts])
             starts, lengths = _join(starts, lengths)
+        elif len(starts) <= _FEW_RUNS:
+            return self.few(starts.tolist(), lengths)
         # A key's top bit tells the order. Keys have at most 53 bits, which a double holds exactly.
         order_bit = np.frexp(starts.astype(np.float64))[1].astype(np.int64) - 1
         order = (64 - self.geo.page_shift) - order_bit
         return order, (starts ^ (np.int64(1) << order_bit)) << order, lengths
+
+    def few(self, keys: list[int], lengths: I64) -> tuple[I64, I64, I64]:
+        """:meth:`arrays` key by key, for as few as are in most maps."""
+        orders, pfns = [], []
+        for key in keys:
+            width = key.bit_length()
+            order = 65 - self.geo.page_shift - width
+            orders.append(order)
+            pfns.append((key ^ (1 << (width - 1))) << order)
+        return np.array(orders, dtype=np.int64), np.array(pfns, dtype=np.int64), lengths
 
 
 def _filled_words(page: bytes) -> tuple[list[int], list[int]]:

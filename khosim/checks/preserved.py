@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
+from khosim.checks.ranges import merged
 from khosim.errors import InputError
 
 if TYPE_CHECKING:
@@ -125,10 +126,11 @@ def overlaps(preserved: Preserved) -> list[Overlap]:
 
     Each page that is covered more than once lies in at least one of the returned ranges.
     """
-    if len(preserved.order) < 2:
-        return []
+    ends = preserved.end_pfn
+    if not (np.sort(preserved.start_pfn)[1:] < np.sort(ends)[:-1]).nonzero()[0].size:
+        return []  # never more begun than one that has not ended
     by_start = np.lexsort((preserved.order, preserved.start_pfn))
-    starts, ends = preserved.start_pfn[by_start], preserved.end_pfn[by_start]
+    starts, ends = preserved.start_pfn[by_start], ends[by_start]
     reach = np.maximum.accumulate(ends)
     hit = np.flatnonzero(starts[1:] < reach[:-1]) + 1
     if not len(hit):
@@ -216,15 +218,7 @@ def intersect(
 
 def _merge(starts: I64, ends: I64) -> tuple[I64, I64]:
     """Sort ranges and join those that touch or overlap; empty ones vanish."""
-    some = ends > starts
-    if not some.all():
+    some = (ends > starts).nonzero()[0]
+    if len(some) < len(starts):
         starts, ends = starts[some], ends[some]
-    if len(starts) < 2:
-        return starts.copy(), ends.copy()
-    by_start = np.argsort(starts, kind="stable")
-    starts, ends = starts[by_start], np.maximum.accumulate(ends[by_start])
-    gap = np.flatnonzero(starts[1:] > ends[:-1])
-    return (
-        starts[np.concatenate(([0], gap + 1))],
-        ends[np.concatenate((gap, [len(ends) - 1]))],
-    )
+    return merged((starts, ends))

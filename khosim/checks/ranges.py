@@ -29,11 +29,13 @@ __all__ = (
     "minus",
     "page_ranges",
     "pairs",
+    "same",
     "sweep",
     "where",
 )
 
 _EMPTY = np.empty(0, dtype=np.int64)
+_FEW = 32  # ranges up to here are dealt with one by one
 _OTHER = np.int64(1 << 32)
 
 
@@ -56,7 +58,8 @@ def sweep(starts: I64, ends: I64, weights: I64) -> tuple[I64, I64]:
     by_edge = edges.argsort(kind="stable")
     edges = edges[by_edge]
     levels = np.concatenate((weights, -weights))[by_edge].cumsum()
-    last = np.ones(len(edges), dtype=np.bool_)
+    last = np.empty(len(edges), dtype=np.bool_)
+    last[-1:] = True
     np.not_equal(edges[1:], edges[:-1], out=last[:-1])
     return edges[last], levels[last]
 
@@ -80,16 +83,32 @@ def merged(*sets: Ranges) -> Ranges:
         ends = np.concatenate([part[1] for part in filled])
     if len(starts) == 1:
         return starts, ends
+    if len(starts) <= _FEW:
+        return _merged_few(starts, ends)
     by_start = starts.argsort(kind="stable")
     starts, ends = starts[by_start], np.maximum.accumulate(ends[by_start])
-    cut = starts[1:] > ends[:-1]
-    if cut.all():
-        return starts, ends
-    first = np.ones(len(starts), dtype=np.bool_)
-    first[1:] = cut
-    last = np.ones(len(starts), dtype=np.bool_)
-    last[:-1] = cut
-    return starts[first], ends[last]
+    fenced = np.empty(len(starts) + 1, dtype=np.bool_)
+    fenced[0] = fenced[-1] = True
+    np.greater(starts[1:], ends[:-1], out=fenced[1:-1])
+    return starts[fenced[:-1]], ends[fenced[1:]]
+
+
+def _merged_few(starts: I64, ends: I64) -> Ranges:
+    # The same without arrays, which cost more to set up than a few numbers to look at.
+    listed = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    listed.sort()
+    lows, highs = [], []
+    begin, past = listed[0]
+    for start, end in listed:
+        if start > past:
+            lows.append(begin)
+            highs.append(past)
+            begin, past = start, end
+        elif end > past:
+            past = end
+    lows.append(begin)
+    highs.append(past)
+    return np.array(lows, dtype=np.int64), np.array(highs, dtype=np.int64)
 
 
 def both(these: Ranges, those: Ranges) -> Ranges:
@@ -104,8 +123,33 @@ def minus(these: Ranges, those: Ranges) -> Ranges:
     """What of one disjoint set of ranges is not in another set."""
     if not len(those[0]) or not len(these[0]):
         return these
+    if len(these[0]) + len(those[0]) <= _FEW:
+        return _minus_few(these, those)
     edges, levels = _paired(these, those)
     return where(edges, levels == 1)
+
+
+def _minus_few(these: Ranges, those: Ranges) -> Ranges:
+    holes = sorted(zip(those[0].tolist(), those[1].tolist(), strict=True))
+    left: list[tuple[int, int]] = []
+    for start, end in zip(these[0].tolist(), these[1].tolist(), strict=True):
+        for low, high in holes:
+            if high <= start or low >= end:
+                continue
+            if start < low:
+                left.append((start, low))
+            start = high
+        if start < end:
+            left.append((start, end))
+    lows: list[int] = []
+    highs: list[int] = []
+    for start, end in sorted(left):
+        if highs and highs[-1] == start:
+            highs[-1] = end
+        else:
+            lows.append(start)
+            highs.append(end)
+    return np.array(lows, dtype=np.int64), np.array(highs, dtype=np.int64)
 
 
 def _paired(these: Ranges, those: Ranges) -> tuple[I64, I64]:
@@ -131,6 +175,11 @@ def frames_of(ranges: Ranges) -> I64:
     frames: I64 = np.arange(past[-1], dtype=np.int64)
     frames += np.repeat(ranges[0] - past + lengths, lengths)
     return frames
+
+
+def same(one: Ranges, other: Ranges) -> bool:
+    """Whether two sets have the same ranges, in the same order."""
+    return one[0].tobytes() == other[0].tobytes() and one[1].tobytes() == other[1].tobytes()
 
 
 def holds(ranges: Ranges, pfns: Sequence[int] | I64) -> list[bool]:

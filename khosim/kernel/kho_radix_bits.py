@@ -6,8 +6,6 @@ Serves :mod:`khosim.kernel.kho_radix`, where the kernel takes one bit and one ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 
@@ -29,11 +27,11 @@ _NARROW = 1 << 22
 
 def used_words(words: Words) -> tuple[list[int], list[int]]:
     """The indexes of the words that are not 0, ascending, and the words."""
-    if np.count_nonzero(words) == 1:  # most tables have one entry: this takes half the time
-        index = int(words.argmax())
-        return [index], [words.item(index)]
-    used = words.nonzero()[0]
-    return used.tolist(), words[used].tolist()
+    used = words.astype(np.bool_).nonzero()[0]  # faster than of the words themselves
+    indexes = used.tolist()
+    if len(indexes) == 1:  # as in most tables
+        return indexes, [words.item(indexes[0])]
+    return indexes, words[used].tolist()
 
 
 def runs_of_bits(words: Words, base: int) -> list[tuple[int, int]]:
@@ -41,8 +39,9 @@ def runs_of_bits(words: Words, base: int) -> list[tuple[int, int]]:
 
     ``words`` is the bitmap, lowest bit first; ``base`` has no bit in common with a bit's number.
     """
-    if np.count_nonzero(words) <= _SPARSE_WORDS:
-        return list(_sparse_runs(*used_words(words), base))
+    indexes, values = used_words(words)
+    if len(indexes) <= _SPARSE_WORDS:
+        return _sparse_runs(indexes, values, base)
     counts, firsts, _ = runs_of_leaves(words.reshape(1, -1), np.array([base], dtype=np.int64))
     return list(zip(counts.tolist(), firsts.tolist(), strict=True))
 
@@ -69,7 +68,8 @@ def runs_of_leaves(words: Words, bases: Numbers) -> tuple[Numbers, Numbers, Numb
     return edges[1:] - edges[:-1], bases[rows] | (firsts & ((1 << width) - 1)), rows
 
 
-def _sparse_runs(indexes: list[int], words: list[int], base: int) -> Iterator[tuple[int, int]]:
+def _sparse_runs(indexes: list[int], words: list[int], base: int) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
     start = count = 0
     for index, word in zip(indexes, words, strict=True):
         at = index << 6
@@ -82,12 +82,13 @@ def _sparse_runs(indexes: list[int], words: list[int], base: int) -> Iterator[tu
                 count += ones
             else:
                 if count:
-                    yield count, base | start
+                    found.append((count, base | start))
                 start, count = at, ones
             word >>= ones
             at += ones
     if count:
-        yield count, base | start
+        found.append((count, base | start))
+    return found
 
 
 def set_bits(data: npt.NDArray[np.uint8], octets: Numbers, bits: Numbers) -> None:

@@ -10,7 +10,7 @@ from khosim.checks.history import PFN_BITS, block_ids, block_runs
 from khosim.checks.invariants.base import REPORTED_MAX, Invariant
 from khosim.checks.look import AT_ANY_TIME, BOOTED, JUMP, TAKEOVER, contains
 from khosim.checks.preserved import overlaps
-from khosim.checks.ranges import holds, merged, minus, pairs, sweep, where
+from khosim.checks.ranges import holds, merged, minus, page_ranges, pairs, same, sweep, where
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,13 +67,13 @@ def _map_agrees(look: Look) -> Sequence[Violation]:
         told = handed.blocks
         seen = merged((block_ids(order, starts), block_ids(order, ends)), _taken_back(look))
     found: list[Violation] = []
-    if not _same(told, seen):
+    if not same(told, seen):
         lost, phantom = minus(told, seen), minus(seen, told)
         found += _tell_blocks(look, handed, lost, "was preserved but is not reserved")
         found += _tell_blocks(look, handed, phantom, "is reserved but was not preserved")
         return found
     noinit = _noinit_pages(look)
-    if not _same(handed.covered, noinit):
+    if not same(handed.covered, noinit):
         for pages, what in (
             (minus(handed.covered, noinit), "was preserved but memblock may hand it out"),
             (minus(noinit, handed.covered), "is kept from memblock but was not preserved"),
@@ -89,26 +89,18 @@ def _taken_back(look: Look, *, as_pages: bool = False) -> Ranges:
     return (pfns, ends) if as_pages else (block_ids(orders, pfns), block_ids(orders, ends))
 
 
-def _same(one: Ranges, other: Ranges) -> bool:
-    return len(one[0]) == len(other[0]) and not (
-        (one[0] != other[0]).any() or (one[1] != other[1]).any()
-    )
-
-
 def _noinit_pages(look: Look) -> Ranges:
     assert look.kernel is not None
     reserved, shift = look.kernel.memblock.reserved, look.page_shift
-    regions = [
-        (base >> shift, ((end - 1) >> shift) + 1)
-        for base, end, flags in zip(reserved.base, reserved.end, reserved.flags, strict=True)
-        if flags & _RSRV_NOINIT
-    ]
-    low, high = np.array(regions, dtype=np.int64).reshape(-1, 2).T
-    kept = merged((low, high))
+    columns = zip(reserved.base, reserved.end, reserved.flags, strict=True)
+    regions = [(base, end) for base, end, flags in columns if flags & _RSRV_NOINIT]
+    kept = merged(page_ranges(regions, shift))
+    if not len(look.kernel.gigantic_pages):
+        return kept
     # hugetlb_bootmem_alloc leaves the tail pages of its huge pages to hugetlb_init. Releases before
     # 7.3 have no MEMBLOCK_RSRV_HUGETLB to tell them by.
     huge = np.array(look.kernel.gigantic_pages, dtype=np.int64).reshape(-1, 2)
-    return minus(kept, merged((huge[:, 0] + 1, huge.sum(axis=1)))) if len(huge) else kept
+    return minus(kept, merged((huge[:, 0] + 1, huge.sum(axis=1))))
 
 
 def _tell_blocks(look: Look, handed: Handed, blocks: Ranges, what: str) -> list[Violation]:
@@ -229,11 +221,11 @@ def _restored_once(look: Look) -> Sequence[Violation]:
     twice = (levels & (_KNOWN - 1)) > 1
     unknown = (levels > 0) & (levels < _KNOWN)
     found: list[Violation] = []
-    if unknown.any() or odd.any():
+    if len(unknown.nonzero()[0]) or len(odd.nonzero()[0]):
         what = "was restored, but no such block was handed over"
         found += _tell_restored(look, where(edges, unknown), what)
         found += _tell_restored(look, (blocks[0][odd], blocks[1][odd]), what)
-    if twice.any():
+    if len(twice.nonzero()[0]):
         found += _tell_restored(look, where(edges, twice), "was restored more than once")
     return found
 
