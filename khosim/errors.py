@@ -4,14 +4,24 @@
   exits with status 2.
 * :class:`KernelError`: a modelled kernel function refused with an errno, as the real one would.
 * :class:`KernelPanic`: the modelled kernel died. The machine survives.
-* :class:`RamFault`: an access outside the machine's RAM. Kernel code turns it into a panic.
+* :class:`HardwareFault`: the machine did not let somebody do what he tried. Kernel code turns it
+  into a panic. :class:`RamFault`: an access outside its RAM; :class:`RmpFault`: a write to a page
+  that belongs to a confidential guest.
 """
 
 from __future__ import annotations
 
 import errno as _errno
 
-__all__ = ("InputError", "KernelError", "KernelPanic", "KhoSimError", "RamFault")
+__all__ = (
+    "HardwareFault",
+    "InputError",
+    "KernelError",
+    "KernelPanic",
+    "KhoSimError",
+    "RamFault",
+    "RmpFault",
+)
 
 _ENOTSUPP = 524  # kernel-internal, absent from the errno module
 
@@ -71,7 +81,11 @@ class KernelPanic(KhoSimError):
         return type(self), (self.message, self.generation)
 
 
-class RamFault(KhoSimError):
+class HardwareFault(KhoSimError):
+    """An access that the machine refuses."""
+
+
+class RamFault(HardwareFault):
     """An access to physical addresses where the machine has no RAM.
 
     ``phys`` and ``len_bytes`` name the range asked for, in bytes.
@@ -85,3 +99,21 @@ class RamFault(KhoSimError):
 
     def __reduce__(self) -> tuple[type[RamFault], tuple[int, int, str]]:
         return type(self), (self.phys, self.len_bytes, self.cause)
+
+
+class RmpFault(HardwareFault):
+    """A host's write to a page that the reverse map table assigns to a guest or to firmware.
+
+    The #PF with its RMP bit set (``arch/x86/include/asm/trap_pf.h:X86_PF_RMP @ 7.3``). ``phys`` and
+    ``len_bytes`` are the write's, ``asid`` the owner's: 0 for firmware.
+    """
+
+    def __init__(self, phys: int, len_bytes: int, cause: str, asid: int = 0) -> None:
+        self.phys = phys
+        self.len_bytes = len_bytes
+        self.cause = cause
+        self.asid = asid
+        super().__init__(f"#PF(RMP) on a write to [{phys:#x}-{phys + len_bytes:#x}): {cause}")
+
+    def __reduce__(self) -> tuple[type[RmpFault], tuple[int, int, str, int]]:
+        return type(self), (self.phys, self.len_bytes, self.cause, self.asid)

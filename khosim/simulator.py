@@ -33,6 +33,7 @@ from khosim.units import parse_size
 
 if TYPE_CHECKING:
     from khosim.conform.jump import Jump
+    from khosim.machine.devices import Part
 
 __all__ = ("Machine",)
 
@@ -45,7 +46,8 @@ class Machine:
 
     ``ram`` is a size (``"16G"``); ``nodes`` a number of equal nodes or their sizes. ``allocator``
     is "linux" or "adversarial"; both are reproducible, the second from ``seed``. With
-    ``checks=False`` no invariants are recorded and :meth:`check` refuses.
+    ``checks=False`` no invariants are recorded and :meth:`check` refuses. ``devices`` are parts of
+    :mod:`khosim.machine.devices`.
 
     ``kernel`` is the kernel that runs now, or None before the first boot and after a panic.
 
@@ -81,6 +83,7 @@ class Machine:
         seed: int = 0,
         checks: bool = True,
         hardware: Hardware | None = None,
+        devices: Sequence[Part] = (),
     ) -> None:
         if allocator not in ALLOCATORS:
             raise InputError("allocator", f"{allocator!r} is not one of {', '.join(ALLOCATORS)}")
@@ -91,7 +94,9 @@ class Machine:
                 memory_map = MemoryMap.from_size(
                     ram, nodes=nodes, arch=arch, holes=holes, memoryless=memoryless
                 )
-            hardware = Hardware(memory_map, page_size)
+            hardware = Hardware(memory_map, page_size, devices=devices)
+        elif devices:
+            raise InputError("devices", "this hardware has its own")
         self.hardware = hardware
         self.allocator = allocator
         self.seed = seed
@@ -199,6 +204,8 @@ class Machine:
             return self._boot_after(jump, release, cmdline, image, config, kernel_size, initrd)
         image = self._image(release, image, config, kernel_size)
         initrd_bytes = self._initrd_bytes(initrd)
+        if self.hardware.devices is not None:
+            self.hardware.devices.power_on()
         load_kernel(
             self.hardware, image.data, initrd_bytes=initrd_bytes, cmdline=cmdline
         )
@@ -270,6 +277,8 @@ class Machine:
             kernel.finalize()
         kimage = kernel.kexec_file_load(image, initrd_bytes=initrd_bytes, cmdline=cmdline)
         kernel.kernel_kexec(kimage)
+        if self.hardware.devices is not None:
+            self.hardware.devices.at_jump()
         self._last_boot = (image, initrd_bytes, cmdline)
         self.kernel = None
 
@@ -314,11 +323,13 @@ class Machine:
     # -- helpers ----------------------------------------------------------------------------------
 
     def _trace(self) -> Trace | None:
-        if not self.listeners:
-            return None
-        if len(self.listeners) == 1:
-            return self.listeners[0]
+        devices = self.hardware.devices
+        if devices is None and len(self.listeners) < 2:
+            return self.listeners[0] if self.listeners else None
         listeners = tuple(self.listeners)
+        if devices is not None:
+            clock = devices.clock
+            listeners += (lambda _: clock.event(),)
 
         def fan_out(event: Event) -> None:
             for listener in listeners:

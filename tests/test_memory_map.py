@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from khosim.errors import InputError
+from khosim.machine.devices import Endpoint, Transfer
 from khosim.machine.hardware import Hardware
 from khosim.machine.memory_map import RAM, RESERVED, MemoryMap, NodeRange, Region
 
@@ -259,17 +260,17 @@ def test_hardware_page_sizes() -> None:
 
 
 def test_devices_work_without_a_kernel() -> None:
-    """A tick reaches every device, and what it does to RAM can be rolled back."""
-
-    class Dma:
-        def tick(self, hardware: Hardware) -> None:
-            hardware.ram.write(0x1000, b"dma", (-1, "dma"))
-
-    hardware = Hardware(MemoryMap.from_size("64M"))
-    hardware.devices.append(Dma())
+    """A tick reaches every device, and what it does to RAM and itself can be rolled back."""
+    hardware = Hardware(MemoryMap.from_size("64M"), devices=[Endpoint("00:02.0")])
+    devices = hardware.devices
+    devices.write_config("00:02.0", 4, 4, 2)
+    engine = devices.pci.named("0000:00:02.0").engine
+    engine.program([Transfer(0x1000, 8, True, 0x0DDC0FFEE0DDF00D)])
     token = hardware.snapshot()
     hardware.tick()
-    assert hardware.ram.read(0x1000, 3) == b"dma"
+    assert hardware.ram.read_u64(0x1000) == 0x0DDC0FFEE0DDF00D ^ 1 << 32
+    assert engine.steps == 1
     hardware.rollback(token)
     hardware.discard(token)
-    assert hardware.ram.read(0x1000, 3) == bytes(3)
+    assert hardware.ram.read(0x1000, 8) == bytes(8)
+    assert (engine.steps, devices.events) == (0, [])

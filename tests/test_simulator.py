@@ -15,6 +15,7 @@ import pytest
 from khosim import InputError, KernelError, KernelPanic, KhoSimError, Machine
 from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.release import find_release
+from khosim.machine.devices import Bridge, Endpoint, Snp, Transfer, Vtd, seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTURES = Path(__file__).resolve().parent / "golden" / "captures"
@@ -208,6 +209,14 @@ def test_save_and_load(tmp_path):
 
 # -- nothing else crosses a kexec -----------------------------------------------------------------
 
+DEVICES = (
+    Vtd(),
+    Snp(),
+    Bridge("00:01.0", secondary=1),
+    Endpoint("01:00.0", kind="nic", vfs=2),
+    Endpoint("00:03.0"),
+)
+
 # Run in both processes. Takes a machine that is about to boot; tells all of what came of it.
 DESCRIBE = '''
 import hashlib
@@ -239,6 +248,7 @@ def describe(machine):
         "files": {path: kernel.debugfs.read(path).hex() for path in kernel.debugfs.files()},
         "next pages": [kernel.alloc_folio(order).pfn for order in (0, 0, 3, 9)],
         "ram": digest.hexdigest(),
+        "devices": machine.hardware.devices and repr(machine.hardware.devices.state()),
     }
 '''
 OTHER_PROCESS = DESCRIBE + '''
@@ -254,11 +264,15 @@ print(json.dumps(describe(Machine.load(sys.argv[1], allocator=sys.argv[2]))))
         ({"ram": "64M"}, "kho=on reserve_mem=64K:4096:x"),
         ({"ram": "512M", "nodes": 2, "memoryless": [3]}, "kho=on log_buf_len=1M hugepages=3"),
         ({"ram": "256M", "arch": "arm64", "page_size": 16384}, "kho=on reserve_mem=64K:16384:x"),
+        ({"ram": "64M", "devices": DEVICES}, "kho=on"),
     ],
-    ids=["x86", "numa", "arm64"],
+    ids=["x86", "numa", "arm64", "devices"],
 )
 def test_no_python_object_crosses(tmp_path, options, cmdline):
-    """A successor booted from a saved image in another process is the same, to the last byte."""
+    """A successor booted from a saved image in another process is the same, to the last byte.
+
+    Where there are devices, they go on writing a preserved page while it boots.
+    """
     machine = Machine(**options)
     kernel = machine.boot(cmdline=cmdline, kernel_size="4M", initrd="1M")
     for i in range(20):
@@ -269,6 +283,12 @@ def test_no_python_object_crosses(tmp_path, options, cmdline):
     blob.write(0, b"blob")
     kernel.kho_add_subtree("mine", blob.phys, 100)
     machine.load_successor(kernel)
+    if options.get("devices"):
+        devices = machine.hardware.devices
+        devices.write_config("00:03.0", 4, 6, 2)
+        engine = devices.pci.named("0000:00:03.0").engine
+        engine.program([Transfer(folio.phys, 512, True, 7), Transfer(folio.phys, 64, False)])
+        devices.clock.schedule = seeded(3, 0.3)
     path = tmp_path / "image"
     machine.save(path)
     names: dict[str, object] = {}
@@ -287,6 +307,9 @@ def test_no_python_object_crosses(tmp_path, options, cmdline):
     for key in here:
         assert there[key] == here[key], key
     assert any("found kexec handover data" in line for line in here["messages"])
+    if options.get("devices"):
+        assert engine.steps > 3
+        assert machine.hardware.ram.last_writer(folio.phys) == (-1, "device 0000:00:03.0")
 
 
 def test_the_image_in_ram_is_what_boots():

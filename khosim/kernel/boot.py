@@ -9,7 +9,7 @@ init memory is not overwritten with the kernel's poison.
 
 from __future__ import annotations
 
-from khosim.errors import KernelPanic, RamFault
+from khosim.errors import HardwareFault, KernelPanic
 from khosim.kernel import boot_arm64, boot_hugetlb, boot_memory, boot_x86
 from khosim.kernel.arch import find_arch
 from khosim.kernel.image import (
@@ -67,7 +67,7 @@ def boot(
             kernel.printk(f"Kernel panic - not syncing: {panic.message}")
         panic.generation = generation
         raise
-    except RamFault as fault:
+    except HardwareFault as fault:
         if kernel is not None:
             kernel.alive = False
         raise KernelPanic(f"BUG: unable to handle page fault: {fault}", generation) from fault

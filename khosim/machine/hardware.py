@@ -4,37 +4,36 @@ RAM, the firmware's memory map with its NUMA nodes, the page size its kernels ar
 devices that go on working by themselves. A kexec is a jump (``kernel/kexec_core.c:kernel_kexec @
 7.3``), so none of this notices it.
 
-Left out: CPUs, interrupts, the firmware's code. Devices are whatever has a ``tick``; their own
-state is not part of snapshots and images.
+Left out: CPUs and the firmware's code.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from khosim.errors import InputError
 from khosim.machine.image import load_image, save_image
 from khosim.machine.memory_map import MemoryMap
 from khosim.machine.ram import Ram
 
-__all__ = ("PAGE_SIZES", "Device", "Hardware")
+if TYPE_CHECKING:
+    from khosim.machine.devices import Devices, Part
+
+__all__ = ("PAGE_SIZES", "Hardware")
 
 PAGE_SIZES: Mapping[str, tuple[int, ...]] = {"x86_64": (4096,), "arm64": (4096, 16384, 65536)}
 
 
-class Device(Protocol):
-    """Something that works without a kernel, such as a DMA engine."""
-
-    def tick(self, hardware: Hardware) -> None:
-        """Do one step of work; RAM is at ``hardware.ram``."""
-
-
 class Hardware:
-    """One machine. ``page_size`` is what its kernels use: 4096 on x86_64, or 16384 or 65536."""
+    """One machine. ``page_size`` is what its kernels use: 4096 on x86_64, or 16384 or 65536.
+
+    ``devices`` describes what else is in it (:mod:`khosim.machine.devices`); :attr:`devices` is
+    what came of that, or None.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -51,7 +50,12 @@ class Hardware:
     )
 
     def __init__(
-        self, memory_map: MemoryMap, page_size: int = 4096, *, ram: Ram | None = None
+        self,
+        memory_map: MemoryMap,
+        page_size: int = 4096,
+        *,
+        ram: Ram | None = None,
+        devices: Sequence[Part] = (),
     ) -> None:
         valid = PAGE_SIZES[memory_map.arch]
         if page_size not in valid:
@@ -67,9 +71,21 @@ class Hardware:
         self.ram_ranges = memory_map.ram_ranges
         self._starts = [start for start, _ in self.ram_ranges]
         self._ends = [end for _, end in self.ram_ranges]
-        self.devices: list[Device] = []
+        self.devices: Devices | None = None
         self.registers: dict[str, int] = {}
         """What the CPU holds when it enters the next kernel: entry point and first argument."""
+        if devices:
+            self._attach(devices)
+
+    def _attach(self, parts: Sequence[Part]) -> None:
+        from khosim.machine.devices import Devices
+
+        self.devices = Devices(parts, self.ram, self.is_ram, self.ram_ranges)
+
+    def _attach_saved(self, blob: bytes) -> None:
+        from khosim.machine.devices import Devices
+
+        self.devices = Devices.from_blob(blob, self.ram, self.is_ram, self.ram_ranges)
 
     def is_ram(self, phys: int, len_bytes: int = 1) -> bool:
         """Whether all of [phys, phys + len_bytes) is RAM by the memory map, holes excluded.
@@ -92,36 +108,48 @@ class Hardware:
 
     def tick(self) -> None:
         """Let every device do one step."""
-        for device in self.devices:
-            device.tick(self)
+        if self.devices is not None:
+            self.devices.tick()
 
     def snapshot(self) -> int:
-        """Begin a snapshot of RAM; see :meth:`Ram.snapshot`."""
-        return self.ram.snapshot()
+        """Begin a snapshot of RAM and devices; see :meth:`Ram.snapshot`."""
+        token = self.ram.snapshot()
+        if self.devices is not None:
+            self.devices.snapshot(token)
+        return token
 
     def rollback(self, token: int) -> None:
-        """Restore RAM as it was at the snapshot, which stays active."""
+        """Restore RAM and devices as they were at the snapshot, which stays active."""
         self.ram.rollback(token)
+        if self.devices is not None:
+            self.devices.rollback(token)
 
     def discard(self, token: int) -> None:
         """Forget a snapshot and keep what was written."""
         self.ram.discard(token)
+        if self.devices is not None:
+            self.devices.discard(token)
 
     def save(self, path: str | Path, *, firmware: Mapping[str, bytes] | None = None) -> None:
         """Save RAM, memory map and what a boot loader hands over; see :func:`save_image`."""
         blobs = dict(firmware or {})
         blobs["registers"] = json.dumps(self.registers, sort_keys=True).encode()
+        if self.devices is not None:
+            blobs["devices"] = self.devices.to_blob()
         save_image(self.ram, self.memory_map, path, firmware=blobs)
 
     @classmethod
     def load(cls, path: str | Path) -> tuple[Hardware, dict[str, bytes]]:
-        """A saved machine and its ``firmware`` blobs; see :func:`load_image`."""
+        """A saved machine, its devices and its ``firmware`` blobs; see :func:`load_image`."""
         image = load_image(path)
         try:
             hardware = cls(image.memory_map, image.ram.page_size, ram=image.ram)
+            blobs = dict(image.firmware)
+            devices = blobs.pop("devices", None)
+            if devices is not None:
+                hardware._attach_saved(devices)
         except InputError as error:
             raise InputError(str(path), f"{error.place}: {error.cause}") from None
-        blobs = dict(image.firmware)
         hardware.registers = _parse_registers(blobs.pop("registers", b"{}"), str(path))
         return hardware, blobs
 

@@ -50,6 +50,7 @@ class Ram:
     ``u64`` is the same for single ones.
     ``data`` is the array itself, rounded up to whole pages, for vectorised code: call
     :meth:`note_writes` or :meth:`writable` for what you are going to write, and then write.
+    ``guard`` is for :mod:`khosim.machine.devices.guarded_ram` and unset here.
     """
 
     __slots__ = (
@@ -67,12 +68,15 @@ class Ram:
         "_undo",
         "_undo_log",
         "data",
+        "guard",
         "page_shift",
         "page_size",
         "size_bytes",
         "u64",
         "words",
     )
+
+    guard: Any
 
     def __init__(self, size_bytes: int, *, page_size: int = 4096) -> None:
         if page_size not in _PAGE_SIZES:
