@@ -67,6 +67,7 @@ class Machine:
         "kernel",
         "listeners",
         "seed",
+        "watchers",
     )
 
     def __init__(
@@ -105,6 +106,8 @@ class Machine:
         self._kernels: WeakSet[Kernel] = WeakSet()
         self.listeners: list[Trace] = []
         """Called with every event of every kernel; see :meth:`listen`."""
+        self.watchers: list[Callable[[Kernel, str], None]] = []
+        """Called with a kernel and its stage; see :meth:`watch`."""
         self._auditor = Auditor(hardware) if checks else None
         self._last_boot: tuple[KernelImage, int, str] | None = None
         self._jump: Jump | None = None
@@ -309,6 +312,8 @@ class Machine:
         """Called by kernels at their stages: the auditor looks at the machine."""
         if self._auditor is not None:
             self._auditor.observe(kernel, stage)
+        for watcher in self.watchers:
+            watcher(kernel, stage)
 
     def check(self) -> list[Violation]:
         """Every invariant, over all of RAM and the running kernel: the violations so far."""
@@ -319,6 +324,14 @@ class Machine:
     def listen(self, listener: Callable[[Event], None]) -> None:
         """Send every event of kernels booted from now on to ``listener``."""
         self.listeners.append(listener)
+
+    def watch(self, watcher: Callable[[Kernel, str], None]) -> None:
+        """Call ``watcher`` with each kernel at its stages, after the checks.
+
+        The stages are those of :class:`~khosim.kernel.trace.Host`: "takeover", "booted",
+        "retrieved" and "jump". A watcher may read all and must change nothing.
+        """
+        self.watchers.append(watcher)
 
     # -- helpers ----------------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ MAY_USE: dict[str, set[str]] = {
     "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
-    "view": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore"},
+    "view": BASE
+    | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "matrix"},
     "cli": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore", "testing", "view"}
     | {"inspect", "conform", "plan", "lab", "scenario", "bugs", "matrix", "__init__"},

@@ -54,10 +54,15 @@ class Player:
     """Carries out one scenario.
 
     ``groups``, ``region_keys``, ``files`` and ``agent`` are the outside observer's notes.
+    ``listener`` is told every event, ``after_step`` every step that is over.
     """
 
     def __init__(
-        self, scenario: Scenario, *, listener: Callable[[Event], None] | None = None
+        self,
+        scenario: Scenario,
+        *,
+        listener: Callable[[Event], None] | None = None,
+        after_step: Callable[[Step], object] | None = None,
     ) -> None:
         self.scenario = scenario
         self.seed = scenario.seed
@@ -67,6 +72,7 @@ class Player:
         self.files: dict[str, Carried] = {}
         self.agent = Agent()
         self.at_jump: list[Corrupt] = []
+        self._after_step = after_step
         self._serial = 0
         self._spec = scenario.kernel
         self._kernel: Kernel | None = None
@@ -192,6 +198,8 @@ class Player:
         for step in steps:
             record = self._run_step(step, facts)
             facts.steps.append(record)
+            if self._after_step is not None:
+                self._after_step(step)
             if record.outcome not in ("ok", step.expect):
                 return False
         return True
