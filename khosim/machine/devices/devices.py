@@ -23,6 +23,7 @@ from khosim.machine.devices.function import Function
 from khosim.machine.devices.guarded_ram import guard
 from khosim.machine.devices.interrupts import Interrupts
 from khosim.machine.devices.nic import NicEngine
+from khosim.machine.devices.nvme import NvmeEngine
 from khosim.machine.devices.parts import Bridge, Endpoint, Part, Snp, Vtd
 from khosim.machine.devices.pci import Pci
 from khosim.machine.devices.snp import SecureProcessor
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ("Clock", "Devices")
 
 _MMIO_BASE = 1 << 44
-_ENGINES: dict[str, type[Engine]] = {"nic": NicEngine, "nvme": Engine, "plain": Engine}
+_ENGINES: dict[str, type[Engine]] = {"nic": NicEngine, "nvme": NvmeEngine, "plain": Engine}
 
 
 class Clock:
