@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from khosim import Machine
@@ -272,3 +275,15 @@ def test_a_big_host_is_cheap() -> None:
     hardware.rollback(token)
     assert {event.kind for event in devices.events} == {"rmp"}
     assert len(rmp.runs()) == 64
+
+
+def test_the_program_in_the_document_runs() -> None:
+    """All Python blocks of docs/devices.md, one after the other, and all outcomes are in it."""
+    text = (Path(__file__).parent.parent / "docs" / "devices.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, object] = {}
+    exec(compile("\n".join(blocks), "devices.md", "exec"), names)
+    cells = " ".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))
+    outcomes = {"done", "peer", "interrupt", "fault", "rmp", "unclaimed", "master-abort"}
+    assert outcomes <= set(re.findall(r"`([a-z-]+)`", cells))

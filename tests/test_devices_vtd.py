@@ -198,6 +198,49 @@ def test_the_recording_registers_overflow() -> None:
     assert len(rig.unit.faults) == 9
 
 
+def test_a_fault_raises_the_units_own_interrupt() -> None:
+    """Held back while masked, sent when it is unmasked, and at once from then on."""
+    rig = Rig()
+    rig.start()
+    rig.write(0x3C, 0x31)
+    rig.write(0x40, 0xFEE0_1000)
+    rig.dma(0x5000)
+    assert rig.read(FECTL) == 3 << 30
+    assert rig.devices.interrupts.take() == {}
+    rig.write(FECTL, 0)
+    assert rig.read(FECTL) == 0
+    assert rig.devices.interrupts.take() == {(1, 0x31): 1}
+    rig.dma(0x5000)
+    assert rig.devices.interrupts.take() == {(1, 0x31): 1}
+
+
+def test_peers_meet_the_unit_where_acs_says_so() -> None:
+    """Below one port a request goes straight to a peer; with P2P redirect it is translated."""
+    rig = Rig()
+    rig.start()
+    bar = rig.devices.pci.named("0000:3b:00.1").bars[0][0]
+    assert rig.dma(bar).outcome == "peer"
+    assert rig.devices.mmio_read(bar) == int.from_bytes(b"data", "little")
+    rig.devices.write_config(NIC, 0x106, 1 << 2, 2)
+    assert rig.dma(bar).outcome == "fault"
+    rig.map(0x7000, bar)
+    event = rig.dma(0x7008, b"peer")
+    assert (event.outcome, event.runs) == ("peer", ((bar + 8, 4),))
+    assert rig.devices.mmio_read(bar + 8) == int.from_bytes(b"peer", "little")
+    read = rig.devices.dma(NIC, 0x7008, 4)
+    assert read.outcome == "peer"
+
+
+def test_a_write_to_the_interrupt_range_is_a_message() -> None:
+    """Four bytes to 0xfee..... are not memory, and no table translates them."""
+    rig = Rig()
+    rig.start()
+    event = rig.dma(0xFEE0_3000, b"\x77\0\0\0")
+    assert event.outcome == "interrupt"
+    assert rig.devices.interrupts.take() == {(3, 0x77): 1}
+    assert rig.dma(0xFEE0_3000, b"12345678").outcome == "unclaimed"
+
+
 def test_a_stale_translation_is_used_until_invalidated() -> None:
     """The table changed and nobody told the unit: the device writes where it used to."""
     rig = Rig()

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from khosim.errors import KernelPanic, RamFault
+from khosim.errors import HardwareFault, KernelPanic
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.kho_radix import kho_decode_radix_key
 from khosim.kernel.kho_scratch import ScratchSizes
@@ -182,7 +182,7 @@ def preserved_facts(kernel: Kernel) -> PreservedFacts:
                 order = kho_decode_radix_key(key, shift)[1]
                 counts[order] = counts.get(order, 0) + same
                 key, nr_keys = key + same, nr_keys - same
-    except (KernelPanic, RamFault):
+    except (KernelPanic, HardwareFault):
         return PreservedFacts()
     return PreservedFacts(
         sum(counts.values()),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from khosim.errors import InputError, KernelError, KernelPanic, KhoSimError, RamFault
+from khosim.errors import HardwareFault, InputError, KernelError, KernelPanic, KhoSimError
 from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.trace import Event
@@ -217,7 +217,7 @@ class Player:
             outcome, text = refused.name, str(refused)
         except Unexpected as found:
             outcome, text = found.word, str(found)
-        except (KernelPanic, RamFault) as panic:
+        except (KernelPanic, HardwareFault) as panic:
             outcome, text = PANIC, f"the kernel panicked: {panic}"
             facts.end = PANIC
         except KhoSimError as error:
@@ -282,7 +282,7 @@ class Player:
             if refused.name != kexec.expect:
                 self.result.failures.append(f"{self._place(kexec.place, facts)}: {refused}")
             return None
-        except (KernelPanic, RamFault) as panic:
+        except (KernelPanic, HardwareFault) as panic:
             facts.end = PANIC
             self.result.failures.append(
                 f"{self._place(kexec.place, facts)}: the kernel panicked: {panic}"

@@ -5,8 +5,8 @@ which ``include/linux/psp-sev.h`` and ``drivers/crypto/ccp/sev-dev.c @ 7.3`` use
 guest's key and state belong to the context page the hypervisor donated: what stands in that page is
 sealed, and a command that finds it changed refuses. The key itself is never in RAM.
 
-Left out: attestation, measurements, migration, page swapping, VLEKs, the mailbox registers (a
-command is done when the call returns), caches (WBINVD is never asked for).
+Left out: attestation, measurements, migration, page swapping, VLEKs, mailbox registers and
+command buffers (a call is a command), caches (WBINVD is never asked for).
 """
 
 from __future__ import annotations

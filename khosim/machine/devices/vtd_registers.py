@@ -92,10 +92,10 @@ class VtdUnit(Remapper):
             self._command(value)
         elif offset == FSTS:
             registers[FSTS] = registers.get(FSTS, 0) & ~(value & 0x71)
-        elif offset in (FECTL, FEDATA, FEADDR, FEUADDR):
+        elif offset == FECTL:
+            self._mask_fault_event(bool(value >> 31))
+        elif offset in (FEDATA, FEADDR, FEUADDR):
             registers[offset] = value & 0xFFFF_FFFF
-            if offset == FECTL:
-                registers[FECTL] &= 1 << 31
         elif offset == ICS:
             registers[ICS] = registers.get(ICS, 0) & ~(value & 1)
         elif offset in wide:
@@ -232,6 +232,13 @@ class VtdUnit(Remapper):
         if registers[FECTL] >> 31:
             registers[FECTL] |= 1 << 30
         else:
+            self.send(registers.get(FEADDR, 0), registers.get(FEDATA, 0))
+
+    def _mask_fault_event(self, is_masked: bool) -> None:
+        registers = self._registers
+        pending = registers[FECTL] & 1 << 30
+        registers[FECTL] = 1 << 31 | pending if is_masked else 0
+        if pending and not is_masked:
             self.send(registers.get(FEADDR, 0), registers.get(FEDATA, 0))
 
     def _clear_fault(self, offset: int, value: int, size: int) -> None:
