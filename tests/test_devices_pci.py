@@ -73,6 +73,18 @@ def test_configuration_space_says_who_it_is() -> None:
     assert read("7f:00.0", 0) == ONES
 
 
+def test_function_0_says_that_there_are_more() -> None:
+    """A scan stops after function 0 where bit 7 of the header type is not set: ports too."""
+    devices = machine(
+        Bridge("00:01.0", secondary=1),
+        Bridge("00:01.1", secondary=2),
+        Bridge("00:02.0", secondary=3),
+        Endpoint("01:00.0"),
+    ).devices
+    types = [devices.read_config(bdf, 0x0E, 1) for bdf in ("00:01.0", "00:02.0", "01:00.0")]
+    assert types == [0x81, 0x01, 0x00]
+
+
 def test_bars_tell_their_size() -> None:
     """Write ones, read the size: the driver's way of asking, and the way back."""
     _, devices = host()

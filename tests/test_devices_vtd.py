@@ -152,6 +152,8 @@ def test_pass_through() -> None:
         (lambda rig: rig.ram.write_u64(ROOT + 16 * 0x3B, 0, BY), 1),
         (lambda rig: rig.ram.write_u64(CONTEXTS, 0, BY), 2),
         (lambda rig: rig.ram.write_u64(CONTEXTS + 8, 7, BY), 3),
+        (lambda rig: rig.ram.write_u64(CONTEXTS + 8, 3, BY), 3),
+        (lambda rig: rig.ram.write_u64(CONTEXTS, TABLE | 0xD, BY), 3),
         (lambda rig: rig.map(0x5000, 0x50_0000, rights=1), 5),
         (lambda rig: rig.map(0x5000, 0, rights=0), 5),
         (lambda rig: rig.ram.write_u64(TABLE, (1 << 40) | 3, BY), 7),

@@ -173,9 +173,11 @@ def vf_layout(msix: int, bar: int) -> ConfigLayout:
     return build.layout()
 
 
-def bridge_layout(vendor: int, device: int, serial: int) -> ConfigLayout:
+def bridge_layout(
+    vendor: int, device: int, serial: int, *, multifunction: bool = False
+) -> ConfigLayout:
     """A type 1 function: a root port."""
-    build = _common(vendor, device, 0x060400, 1)
+    build = _common(vendor, device, 0x060400, 0x81 if multifunction else 1)
     for offset in (0x18, 0x19, 0x1A):
         build.put(offset, "B", 0, 0xFF)
     build.put(0x20, "I", 0x0000_FFF0, 0xFFF0_FFF0)

@@ -203,17 +203,16 @@ class Pci:
             over = behind.get((bdf.segment, bdf.bus))
             parent = None if over is None else made[Bdf.parse(over.bdf)]
             number = len(self.all_functions) + 1
+            is_crowded = (bdf.segment, bdf.bus, bdf.device) in crowded
             if isinstance(part, Bridge):
-                function = Function(
-                    self, bdf, bridge_layout(0x8086, 0x3420, number), parent, kind="bridge"
-                )
+                layout = bridge_layout(0x8086, 0x3420, number, multifunction=is_crowded)
+                function = Function(self, bdf, layout, parent, kind="bridge")
                 config = function.config
                 config[0x18], config[0x19] = bdf.bus, part.secondary
                 config[0x1A] = part.subordinate or part.secondary
                 config[COMMAND] = MEMORY | MASTER
                 self.all_functions.append(function)
             else:
-                is_crowded = (bdf.segment, bdf.bus, bdf.device) in crowded
                 function = self._endpoint(part, bdf, parent, number, is_crowded)
                 for vf in function.vfs:
                     if vf.bdf in taken:

@@ -40,7 +40,7 @@ def unpack_context(low: int, high: int) -> ContextEntry | None:
         return None
     kind = low >> 2 & 3
     width = high & 7
-    levels = width + 2 if width in (1, 2, 3) and kind != 3 else 0
+    levels = 4 if width == 2 and kind != 3 else 0  # the one width that CAP offers
     return ContextEntry(bool(low & 2), kind == 2, low & ADDR_MASK, levels, high >> 8 & 0xFFFF)
 
 
