@@ -42,10 +42,10 @@ def test_equal_seeds_give_equal_runs() -> None:
 
 def test_units_of_work_travel() -> None:
     """Suspects can be sent to another process, and back."""
-    suspects, reached = run_unit("0", "reserve-mem", "7.3", 0, 15)
-    assert pickle.loads(pickle.dumps(suspects)) == suspects
-    assert suspects
-    assert "boot" in reached
+    runs = run_unit("0", "reserve-mem", "7.3", 0, 15)
+    assert pickle.loads(pickle.dumps(runs)) == runs
+    assert runs.suspects
+    assert "boot" in runs.reached
 
 
 @pytest.mark.parametrize("scenario", sorted(SCENARIOS))

@@ -1,32 +1,44 @@
 """``khosim explore [SCENARIO]``: draw programs, run them, tell what broke and how to see it.
 
 Every finding is the shortest program found that makes an invariant speak, with the events that
-have to do with it. Equal arguments with ``--runs`` give equal bytes; with ``--seconds`` it depends
-on the machine how far a search comes. Progress is shown on a terminal only.
+have to do with it. Equal arguments with ``--runs`` give equal bytes, with any number of jobs, and
+also after an interruption that a corpus was resumed from; with ``--seconds`` it depends on the
+machine how far a search comes. Progress is shown on a terminal only, on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from khosim.cli.printable import printable
 from khosim.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from khosim.cli.explore_progress import Bar
     from khosim.explore.campaign import Campaign
+    from khosim.explore.corpus import Corpus
+    from khosim.explore.crew import Crew
+    from khosim.explore.work import Spec
 
 __all__ = ("HELP", "configure", "run")
 
 HELP = (
     "Search for what breaks a release: random programs over the public API with faults and odd "
     "successors, judged by every invariant. Exit status: 0 nothing was found; 1 something was; 2 "
-    "wrong input."
+    "wrong input; 130 interrupted."
 )
 
 _RUNS = 300
+_JOBS_MAX = 256
+_EXIT_INTERRUPTED = 130
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +52,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--runs", metavar="N", help=f"how many programs to run (default {_RUNS})")
     add("--seconds", metavar="S", help="how long to go on, instead of --runs")
     add("--exhaustive", metavar="DEPTH", help="every program of that many steps, not random ones")
+    add("--jobs", metavar="N", default="1", help="how many processes do the work (default 1)")
+    add("--corpus", metavar="DIR", type=Path, help="keep findings there, and go on from there")
     add("--json", action="store_true", help="one JSON object instead of the account")
 
 
 def run(args: argparse.Namespace) -> int:
     """Search, and tell: 0, or 1 where something was found."""
+    from khosim.cli.explore_progress import shown
     from khosim.explore.campaign import Campaign
     from khosim.explore.hazards import fixed
     from khosim.explore.search import SCENARIOS
+    from khosim.explore.work import Spec
     from khosim.kernel.release import find_release
 
     if args.list:
@@ -61,45 +77,111 @@ def run(args: argparse.Namespace) -> int:
     seed = _number("--seed", args.seed, 0)
     seconds = None if args.seconds is None else _number("--seconds", args.seconds, 1)
     runs = None if seconds else _number("--runs", args.runs or str(_RUNS), 1)
+    depth = None if args.exhaustive is None else _number("--exhaustive", args.exhaustive, 1)
+    jobs = _number("--jobs", args.jobs, 1, _JOBS_MAX)
     find_release(args.release)
     release = fixed(args.release) if args.fixed else args.release
-    campaign = Campaign(str(seed), args.scenario, release)
-    show = _progress if sys.stderr.isatty() else None
-    if args.exhaustive is not None:
-        campaign.exhaust(_number("--exhaustive", args.exhaustive, 1))
-    else:
-        campaign.run(runs=runs, seconds=seconds, progress=show)
-    if show is not None:
-        print("\r\033[K", end="", file=sys.stderr)
+    spec = Spec(args.scenario, release, str(seed))
+    with ExitStack() as stack:
+        corpus = None
+        if args.corpus is not None:
+            corpus = stack.enter_context(_corpus(args.corpus, spec, depth))
+        bar = stack.enter_context(shown(None if depth else runs, seconds))
+        stops = stack.enter_context(_stopping())
+        campaign = Campaign(
+            *(spec.seed, spec.scenario, spec.release),
+            crew=_crew(spec, jobs, bar),
+            corpus=corpus,
+            progress=bar.show,
+            stops=stops,
+        )
+        if depth is not None:
+            campaign.exhaust(depth)
+        else:
+            campaign.run(runs=runs, seconds=seconds)
+    return _tell(campaign, as_json=args.json)
+
+
+def _crew(spec: Spec, jobs: int, bar: Bar) -> Crew:
+    from khosim.explore.crew import Inline, Workers
+
+    return Inline(spec) if jobs == 1 else Workers(spec, jobs, bar.say)
+
+
+def _corpus(path: Path, spec: Spec, depth: int | None) -> Corpus:
+    from khosim.explore.codec import release_text
+    from khosim.explore.corpus import Corpus, fingerprint
+
+    about = {
+        "scenario": spec.scenario,
+        "release": release_text(spec.release),
+        "seed": spec.seed,
+        "search": "random" if depth is None else f"exhaustive {depth}",
+        "khosim": fingerprint(),
+    }
+    return Corpus(path, about)
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    # The first Ctrl-C is a wish, the second one an order.
+    rung: list[int] = []
+
+    def ring(number: int, frame: object) -> None:
+        rung.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, ring)
+    except ValueError:  # not the main thread, which alone is told of Ctrl-C
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(rung)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _tell(campaign: Campaign, *, as_json: bool) -> int:
     result = campaign.as_json()
-    if args.json:
+    if campaign.is_interrupted:
+        waits = campaign.keeper.waits
+        more = f"; {waits} suspects were not looked into" if waits else ""
+        again = " (the same arguments go on from there)" if campaign.corpus else ""
+        said = f"khosim explore: interrupted after {campaign.explored} programs{more}{again}"
+        print(said, file=sys.stderr)
+    if as_json:
         print(json.dumps(result, indent=1))
     else:
         print(printable(_text(result)), end="")
-    return 1 if campaign.findings else 0
+    if campaign.is_interrupted:
+        return _EXIT_INTERRUPTED
+    return 1 if result["findings"] else 0
 
 
-def _text(result: dict[str, object]) -> str:
+def _text(result: dict[str, Any]) -> str:
     findings = result["findings"]
-    assert isinstance(findings, list)
+    new = sum(not finding["hazards"] for finding in findings)
     heading = f"{result['explored']} programs of scenario {result['scenario']} on Linux"
-    lines = [f"{heading} {result['release']}, seed {result['seed']}: {len(findings)} findings"]
+    told = f"{len(findings)} findings" + (f", {new} of them NEW" if findings else "")
+    lines = [f"{heading} {result['release']}, seed {result['seed']}: {told}"]
+    if "lost" in result:
+        lines.append(f"left out, for they end their workers: runs {result['lost']}")
     for n, finding in enumerate(findings, 1):
-        where = f"in {finding['count']} programs, first {finding['seed']}"
-        lines += ["", f"-- {n}. {finding['invariant']} ({where})", finding["message"], ""]
-        lines += [f"    {line}".rstrip() for line in finding["program"].splitlines()]
+        what = "known hazard " + " with ".join(finding["hazards"]) if finding["hazards"] else "NEW"
+        where = f"in {finding['count']} programs, first shown by {finding['seed']}"
+        lines += ["", f"-- {n}. {finding['invariant']}: {what} ({where})", finding["message"]]
+        if finding["also"]:
+            lines.append(f"also said by {', '.join(finding['also'])}")
+        lines += ["", *(f"    {line}".rstrip() for line in finding["program"].splitlines())]
         lines += ["", *(f"    | {line}" for line in finding["trace"])]
     return "\n".join(lines) + "\n"
 
 
-def _progress(campaign: Campaign) -> None:
-    if campaign.explored % 10 == 0:
-        text = f"\r{campaign.explored} programs, {len(campaign.findings)} findings"
-        print(text, end="", file=sys.stderr, flush=True)
-
-
-def _number(option: str, text: str, low: int) -> int:
+def _number(option: str, text: str, low: int, high: int = 10**12 - 1) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 12 or int(text) < low:
         shown = text if len(text) <= 30 else f"{text[:30]}..."
         raise InputError(option, f"{shown!r} is not a whole number from {low} on")
+    if int(text) > high:
+        raise InputError(option, f"{text} is more than {high}")
     return int(text)

@@ -1,163 +1,268 @@
 """A campaign: many runs of one seed, and what they found, told by cause.
 
-A unit of work (:func:`run_unit`) is a seed, a scenario and numbers of runs: plain data, so that it
-can be sent to another process. What comes back is put together in the order of the runs, whoever
-made them, so that equal seeds give equal findings.
+The work is cut into pieces (:mod:`khosim.explore.work`) that a crew does in any order
+(:mod:`khosim.explore.crew`). What comes back is put together in the order of the runs
+(:mod:`khosim.explore.keeper`), so that equal seeds give equal findings whoever did the work. With a
+corpus (:mod:`khosim.explore.corpus`) each finished piece is written down, and not done again.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from khosim.explore.exhaust import Exhausted, exhaust
+from khosim.errors import InputError
+from khosim.explore import record
+from khosim.explore.crew import Inline
+from khosim.explore.exhaust import Exhausted, Frontier
+from khosim.explore.keeper import Asked, Keeper, tags, together
 from khosim.explore.program import tell
-from khosim.explore.search import KINDS, SCENARIOS, random_run
-from khosim.explore.shrink import Finding, cause_of, shrink
+from khosim.explore.shrink import Finding, cause_of
+from khosim.explore.work import Runs, Spec, Suspect, Task, run_unit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from khosim.explore.kinds import Args, Kind
-    from khosim.explore.world import Step, World
+    from khosim.explore.corpus import Corpus
+    from khosim.explore.crew import Crew
+    from khosim.explore.program import Told
     from khosim.kernel.behaviours import Release
 
-__all__ = ("Campaign", "Suspect", "run_unit", "tags")
+__all__ = ("CHUNK", "Campaign", "Suspect", "run_unit", "tags")
 
-_PER_CAUSE = 5
-_TOLD_BY_LAST = ("memfd", "vmalloc", "token", "fallocate")
-"""Kinds of steps whose last argument makes another program of it."""
-
-
-class Suspect(NamedTuple):
-    """A run in which something spoke: enough to run it again."""
-
-    seed: str
-    steps: tuple[Step, ...]
-    causes: tuple[tuple[str, str], ...]
-
-
-def run_unit(
-    seed: str, scenario: str, release: str | Release, first: int, count: int
-) -> tuple[list[Suspect], set[str]]:
-    """Make ``count`` runs from number ``first`` on: the suspects, and the kinds of steps taken."""
-    suspects, reached = [], set()
-    for n in range(first, first + count):
-        name = f"{seed}:{n}"
-        world = random_run(name, scenario, release)
-        reached |= {step.kind for step in world.steps}
-        causes = tuple(dict.fromkeys(cause_of(problem) for problem in world.problems))
-        if causes:
-            suspects.append(Suspect(name, tuple(world.steps), causes))
-    return suspects, reached
-
-
-def tags(steps: tuple[Step, ...] | list[Step]) -> frozenset[str]:
-    """What a program is made of: kinds of steps, faults, and what changes from kernel to kernel."""
-    found: set[str] = set()
-    words: list[str] = []
-    for step in steps:
-        if step.kind in ("boot", "kexec"):
-            now = (step.args[1] if step.kind == "boot" else step.args[0]).split()
-            found |= {f"{step.kind}+{word.split('=')[0]}" for word in now if word not in words}
-            found |= {f"kexec-{word.split('=')[0]}" for word in words if word not in now}
-            words = now
-        found.add(step.kind + ("!" if step.fault else ""))
-        if step.kind in _TOLD_BY_LAST:
-            found.add(f"{step.kind}:{step.args[-1]}")
-    return frozenset(found - {"boot", "boot+kho", "boot+liveupdate", "kexec"})
+CHUNK = 20
+"""Runs in one piece of work."""
+_PROGRAMS = 4
+"""Programs to go on from in one piece of an exhaustive search."""
+_LOOK_AGAIN = 0.5
+"""Seconds until a campaign looks whether it is to stop."""
 
 
 class Campaign:
-    """Takes suspects in, keeps findings. ``explored`` counts runs."""
+    """Runs, and keeps what was found. ``explored`` counts the programs that were run."""
 
-    def __init__(self, seed: str, scenario: str, release: str | Release) -> None:
-        self.seed = seed
-        self.scenario = scenario
-        self.release = release
-        self.explored = 0
-        self.unshrunk = 0
-        """Suspects that did not show it a second time."""
-        self.reached: set[str] = set()
-        self.findings: list[Finding] = []
-
-    def run(
+    def __init__(
         self,
+        seed: str,
+        scenario: str,
+        release: str | Release,
         *,
-        runs: int | None = None,
-        seconds: float | None = None,
-        progress: Callable[[Campaign], None] | None = None,
+        crew: Crew | None = None,
+        corpus: Corpus | None = None,
+        progress: Callable[[Campaign], None] = lambda campaign: None,
+        stops: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.spec = Spec(scenario, release, seed)
+        self.crew = crew or Inline(self.spec)
+        self.corpus = corpus
+        self.progress = progress
+        self.stops = stops
+        self.explored = 0
+        self.is_interrupted = False
+        self.lost: list[int] = []
+        """Runs that ended every worker that tried."""
+        self.reached: set[str] = set()
+        self.keeper = Keeper(release)
+        self._chunks: dict[int, tuple[int, Runs]] = {}
+        self._next = 0
+        self._children: dict[tuple[int, int], Any] = {}
+        self._programs: dict[str, Told] = {}
+        if corpus is not None:
+            self._recall(corpus)
+
+    @property
+    def done(self) -> int:
+        """Programs that were run, counting those whose turn has not come."""
+        return self.explored + sum(count for count, _ in self._chunks.values())
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found, put together by cause."""
+        return together(self.keeper.findings())
+
+    # -- random programs -------------------------------------------------------------------------
+
+    def run(self, *, runs: int | None = None, seconds: float | None = None) -> None:
         """Go on until ``runs`` were made or the time is up."""
         end = None if seconds is None else time.monotonic() + seconds
-        while (runs is None or self.explored < runs) and (end is None or time.monotonic() < end):
-            suspects, reached = run_unit(self.seed, self.scenario, self.release, self.explored, 1)
-            self.explored += 1
-            self.reached |= reached
-            for suspect in suspects:
-                self.take(suspect)
-            if progress is not None:
-                progress(self)
+        chunks = self._missing(runs, set(self._runs()))
+
+        def more() -> tuple[Any, Task] | None:
+            if end is not None and time.monotonic() >= end:
+                return None
+            chunk = next(chunks, None)
+            return None if chunk is None else (chunk, Task("runs", (*chunk, ())))
+
+        held = max(self._runs(), default=-1) + 1
+        if runs is not None and held > runs:
+            raise InputError("--runs", f"the corpus holds {held} runs already")
+        self._merge()
+        self._go(more, self._ran)
+        for first in sorted(self._chunks):  # after an interruption there may be gaps
+            self._take(*self._chunks.pop(first))
+        self._finish()
+
+    def _runs(self) -> Iterator[int]:
+        # The numbers of all runs that a corpus told of.
+        for first, (count, _) in self._chunks.items():
+            yield from range(first, first + count)
+
+    def _missing(self, runs: int | None, done: set[int]) -> Iterator[tuple[int, int]]:
+        # (first, count) of what was not done yet.
+        first = 0
+        while runs is None or first < runs:
+            end = first - first % CHUNK + CHUNK
+            end = end if runs is None else min(end, runs)
+            count = 0
+            while first + count < end and first + count not in done:
+                count += 1
+            if count:
+                yield first, count
+            first += count or 1
+
+    def _ran(self, key: Any, result: Runs) -> None:
+        first, count = key
+        if self.corpus is not None:
+            self.corpus.done(record.of_runs(first, count, result, self.spec.release))
+        self._chunks[first] = (count, result)
+        self._merge()
+
+    def _merge(self) -> None:
+        while self._next in self._chunks:
+            count, result = self._chunks.pop(self._next)
+            self._next += count
+            self._take(count, result)
+
+    def _take(self, count: int, result: Runs) -> None:
+        self.explored += count - len(result.lost)
+        self.lost += result.lost
+        self.reached |= result.reached
+        for suspect in result.suspects:
+            self.keeper.take(suspect)
+
+    # -- all programs ----------------------------------------------------------------------------
 
     def exhaust(self, depth: int, *, states_max: int = 100_000) -> Exhausted:
         """Every program of up to ``depth`` steps after the boot, equal states once."""
-        groups = ("", *SCENARIOS[self.scenario])
-        kinds = [kind for kind in KINDS.values() if kind.weight and kind.group in groups]
-        odd = "successors" in groups
+        frontier = Frontier(self.spec.release, states_max)
+        taken = 0
+        for level in range(depth):
+            self._level(level, frontier)
+            self.explored = frontier.runs
+            for steps, problems in frontier.suspects[taken:]:
+                causes = tuple(dict.fromkeys(cause_of(problem) for problem in problems))
+                name = f"exhaustive:{depth}:{taken}"
+                self.keeper.take(Suspect(name, tuple(steps), causes))
+                taken += 1
+            self._go(lambda: None, self._expanded)
+            if self.is_interrupted or frontier.is_full:
+                break
+            frontier.deeper()
+        self._finish()
+        return frontier.done()
 
-        def keep(world: World, kind: Kind, args: Args) -> bool:
-            return odd or kind.name != "kexec" or args[0] == world.cmdline
+    def _level(self, level: int, frontier: Frontier) -> None:
+        firsts = iter(range(0, len(frontier.level), _PROGRAMS))
 
-        done = exhaust(kinds, depth, self.release, states_max=states_max, keep=keep)
-        self.explored += done.runs
-        for steps, problems in done.suspects:
-            causes = tuple(dict.fromkeys(cause_of(problem) for problem in problems))
-            self.take(Suspect(f"exhaustive:{depth}", tuple(steps), causes))
-        return done
+        def more() -> tuple[Any, Task] | None:
+            for first in firsts:
+                if (level, first) not in self._children:
+                    programs = frontier.level[first : first + _PROGRAMS]
+                    return (level, first), Task("expand", (programs,))
+            return None
 
-    def take(self, suspect: Suspect) -> None:
-        """Shrink what is new, count what is known."""
-        parts = tags(suspect.steps)
-        for cause in suspect.causes:
-            known = [f for f in self.findings if (f.invariant, f.shape) == cause]
-            explained = next((f for f in known if f.kinds <= parts), None)
-            if explained is not None:
-                explained.count += 1
-            elif len(known) < _PER_CAUSE:
-                self._shrink(suspect, cause, known)
+        self._go(more, self._expanded)
+        for first in range(0, len(frontier.level), _PROGRAMS):
+            found = self._children.pop((level, first), [])
+            for program, children in zip(frontier.level[first:], found, strict=False):
+                frontier.take(program, children)
 
-    def _shrink(self, suspect: Suspect, cause: tuple[str, str], known: list[Finding]) -> None:
-        shrunk = shrink(list(suspect.steps), cause, self.release)
-        if shrunk is None:
-            self.unshrunk += 1
-            return
-        steps, problem = shrunk
-        parts = tags(steps)
-        same = next((f for f in known if f.kinds == parts), None)
-        if same is not None:
-            same.count += 1
-            return
-        self.findings.append(
-            Finding(problem, cause[1], steps, suspect.seed, self.release, kinds=parts)
-        )
+    def _expanded(self, key: Any, result: Any) -> None:
+        if self.corpus is not None:
+            self.corpus.done(record.of_children(key, result, self.spec.release))
+        self._children[key] = result
+
+    # -- the work --------------------------------------------------------------------------------
+
+    def _go(
+        self,
+        more: Callable[[], tuple[Any, Task] | None],
+        take: Callable[[Any, Any], None],
+    ) -> None:
+        # Shrinking first, which others wait for; then whatever there is more to do.
+        asked: dict[int, tuple[Any, bool]] = {}
+        number = 0
+        while not self.is_interrupted:
+            while len(asked) < self.crew.width:
+                found = self._to_shrink() or more()
+                if found is None:
+                    break
+                key, task = found
+                asked[number] = key, task.name == "shrink"
+                self.crew.submit(number, task)
+                number += 1
+            if not asked:
+                return
+            for done, result in self.crew.wait(_LOOK_AGAIN):
+                key, is_shrunk = asked.pop(done)
+                (self._shrunk if is_shrunk else take)(key, result)
+            self.progress(self)
+            if self.stops():
+                self.is_interrupted = True
+
+    def _to_shrink(self) -> tuple[Any, Task] | None:
+        wanted = self.keeper.next_wanted()
+        if wanted is None:
+            return None
+        asked, suspect = wanted
+        return asked, Task("shrink", (suspect.steps, asked.cause))
+
+    def _shrunk(self, asked: Asked, answer: Any) -> None:
+        if self.corpus is not None:
+            self.corpus.done(record.of_answer(asked, answer, self.spec.release))
+        self.keeper.answer(asked, answer)
+        self._write()
+
+    def _recall(self, corpus: Corpus) -> None:
+        release = self.spec.release
+        for place, line in corpus.lines():
+            if "shrunk" in line:
+                self.keeper.recall(*record.to_answer(line, release, place))
+            elif "expand" in line:
+                key, children = record.to_children(line, release, place)
+                self._children[key] = children
+            else:
+                first, count, result = record.to_runs(line, self.spec, place)
+                self._chunks[first] = (count, result)
+
+    def _finish(self) -> None:
+        self.crew.close()
+        self._write()
+        if self.corpus is not None and not self.is_interrupted:
+            self.corpus.complete()
+
+    def _write(self) -> None:
+        if self.corpus is not None:
+            told = [self._told(finding) for finding in self.findings]
+            self.corpus.tell({one["id"]: one for one in told})
+
+    # -- telling ---------------------------------------------------------------------------------
 
     def as_json(self) -> dict[str, Any]:
         """``explored`` and ``findings``, as printed."""
-        return {
-            "scenario": self.scenario,
-            "release": str(getattr(self.release, "name", self.release)),
-            "seed": self.seed,
+        result: dict[str, Any] = {
+            "scenario": self.spec.scenario,
+            "release": str(getattr(self.spec.release, "name", self.spec.release)),
+            "seed": self.spec.seed,
             "explored": self.explored,
             "findings": [self._told(finding) for finding in self.findings],
         }
+        if self.lost:
+            result["lost"] = sorted(self.lost)
+        return result
 
     def _told(self, finding: Finding) -> dict[str, Any]:
-        told = tell(finding.steps, finding.problem, self.release)
-        return {
-            "invariant": finding.invariant,
-            "message": finding.problem.message,
-            "count": finding.count,
-            "seed": finding.seed,
-            "program": told.program,
-            "trace": told.trace,
-        }
+        name = f"{finding.seed} {finding.invariant} {finding.shape}"
+        if name not in self._programs:
+            self._programs[name] = tell(finding.steps, finding.problem, self.spec.release)
+        return record.of_finding(finding, self.spec, self._programs[name])

@@ -7,7 +7,7 @@ import dataclasses
 from khosim.kernel.behaviours import Release
 from khosim.kernel.release import find_release
 
-__all__ = ("SWITCHES", "fixed")
+__all__ = ("SWITCHES", "fixed", "hazard_of")
 
 SWITCHES: dict[str, bool] = {
     field.name: True for field in dataclasses.fields(Release) if field.name.startswith("fix_")
@@ -19,3 +19,8 @@ def fixed(release: str | Release) -> Release:
     """``release`` with every known hazard switched off."""
     found = find_release(release)
     return found.evolve(name=f"{found.name} fixed", **SWITCHES)
+
+
+def hazard_of(switch: str) -> str:
+    """The name of the hazard that a switch makes go away: that of its page in docs/hazards."""
+    return switch.removeprefix("fix_").replace("_", "-")

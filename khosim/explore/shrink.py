@@ -6,15 +6,16 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from khosim.explore.search import KINDS, problems_of, replay
+from khosim.explore.limits import BY_THE_CLOCK, alarm
+from khosim.explore.search import KINDS, replay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from khosim.explore.world import Problem, Step
     from khosim.kernel.behaviours import Release
 
-__all__ = ("Finding", "cause_of", "shape", "shrink")
+__all__ = ("Finding", "cause_of", "on_release", "shape", "shrink", "speaks")
 
 _NUMBERS = re.compile(r"0x[0-9a-f]+|(?<=pfn:)[0-9a-f]+|\b\d+\b|\b[a-z]\d+(?=_|\b)")
 _QUOTED = re.compile(r"'[^']*'")
@@ -23,20 +24,31 @@ _EVALUATIONS_MAX = 150
 
 @dataclass
 class Finding:
-    """One cause: what spoke, the shape of its words, the shortest program, and where it is from."""
+    """What spoke with the shortest program: one cause, until findings are put together.
+
+    ``first`` are the runs in which it spoke, by their numbers; ``switches`` the known hazards that
+    make it silent; ``also`` the other invariants that say the same.
+    """
 
     problem: Problem
     shape: str
     steps: list[Step]
     seed: str
     release: str | Release
-    count: int = 1
     kinds: frozenset[str] = field(default_factory=frozenset)
+    runs: set[str] = field(default_factory=set)
+    switches: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def invariant(self) -> str:
         """Which invariant spoke."""
         return self.problem.invariant
+
+    @property
+    def count(self) -> int:
+        """In how many programs it spoke."""
+        return len(self.runs)
 
 
 def shape(text: str) -> str:
@@ -49,19 +61,40 @@ def cause_of(problem: Problem) -> tuple[str, str]:
     return problem.invariant, shape(problem.message)
 
 
+def on_release(steps: Sequence[Step], release: str | Release) -> list[Step]:
+    """The same program, booted on another release."""
+    boot = steps[0]
+    return [boot._replace(args=(*boot.args[:2], release, *boot.args[3:])), *steps[1:]]
+
+
+def speaks(steps: Sequence[Step], cause: tuple[str, str], release: str | Release) -> Problem | None:
+    """The first problem of that cause in a program; None also where it is not lawful."""
+    with alarm():
+        world = replay(steps, release)
+    if world is None:
+        return None
+    found = next((problem for problem in world.problems if cause_of(problem) == cause), None)
+    world.close()
+    return found
+
+
 def shrink(
-    steps: list[Step], cause: tuple[str, str], release: str | Release
+    steps: list[Step],
+    cause: tuple[str, str],
+    release: str | Release,
+    *,
+    tick: Callable[[int], None] = lambda number: None,
 ) -> tuple[list[Step], Problem] | None:
     """The shortest lawful part of a program in which ``cause`` speaks, with simple arguments.
 
-    None where the program as it stands does not show it again.
+    None where the program as it stands does not show it again. ``tick`` is called before each try.
     """
     budget = [_EVALUATIONS_MAX]
 
     def shows(some: list[Step]) -> Problem | None:
-        budget[0] -= 1
-        world = replay(some, release)
-        return next((p for p in problems_of(world) if cause_of(p) == cause), None)
+        budget[0] -= _EVALUATIONS_MAX // 3 if BY_THE_CLOCK in cause[1] else 1
+        tick(budget[0])
+        return speaks(some, cause, release)
 
     best = shows(steps)
     if best is None:
@@ -110,9 +143,7 @@ def _short_text(steps: list[Step], at: int) -> list[list[Step]] | None:
     texts = sorted(word for word in words if set(word) == {"x"})
     if at >= len(texts):
         return None
-    return [
-        [s._replace(args=tuple("vm" if a == texts[at] else a for a in s.args)) for s in steps]
-    ]
+    return [[s._replace(args=tuple("vm" if a == texts[at] else a for a in s.args)) for s in steps]]
 
 
 def _without_fault(steps: list[Step], at: int) -> list[list[Step]] | None:

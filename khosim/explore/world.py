@@ -17,6 +17,7 @@ from khosim.checks.violation import Violation
 from khosim.errors import KernelError, KernelPanic, KhoSimError
 from khosim.explore import kit
 from khosim.explore.expectations import is_expected_panic
+from khosim.explore.limits import EVENTS_MAX, NoEnd
 from khosim.explore.oracles import is_warning
 
 if TYPE_CHECKING:
@@ -112,6 +113,13 @@ class World:
         self.symbols: set[str] = set()
         """Kernel functions that were refused memory."""
         self.is_over = False
+        self.heard = 0
+        """Events of this program's kernels; too many of them are no end."""
+
+    def close(self) -> None:
+        """Free the machine at once; nothing of this program can be asked afterwards."""
+        if "machine" in self.vars:
+            self.machine.close()
 
     # -- what kinds ask -------------------------------------------------------------------------
 
@@ -218,7 +226,7 @@ class World:
             fault = self.kernel.pages.fail = kit.Nth(step.fault)
         kernel = self.vars.get("kernel")
         try:
-            if step.kind == "boot" and self.listens:
+            if step.kind == "boot":
                 source, rest = source.split("\n", 1)
                 exec(_compiled(source), self.vars)
                 self.machine.listen(self._note)
@@ -238,8 +246,9 @@ class World:
         except KhoSimError as misused:
             self._problem("program-sleeps" if "sleeps" in str(misused) else "misuse", str(misused))
             self.is_over = True
-        except RecursionError:
-            raise
+        except NoEnd as stopped:
+            self._problem("no-end", str(stopped))
+            self.is_over = True
         except Exception as broken:  # the simulator's own fault: worth a report as well
             self._problem("simulator-crash", f"{type(broken).__name__}: {broken}")
             self.is_over = True
@@ -253,7 +262,10 @@ class World:
         return ""
 
     def _note(self, event: Event) -> None:
-        if not event.symbol.startswith(("memblock", "__memblock")):
+        self.heard += 1
+        if self.heard > EVENTS_MAX:
+            raise NoEnd(f"more than {EVENTS_MAX} events")
+        if self.listens and not event.symbol.startswith(("memblock", "__memblock")):
             self.events.append(event)
 
     def _judge_errno(self, kind: Kind, step: Step, errno_name: str) -> None:
@@ -273,8 +285,14 @@ class World:
 
     def judge(self, *, drained: bool = False) -> list[Problem]:
         """Ask every invariant now; all problems of this program so far."""
-        if "machine" in self.vars and not any(p.invariant == "misuse" for p in self.problems):
-            self._ask(drained)
+        silent = ("misuse", "no-end")
+        if "machine" in self.vars and not any(p.invariant in silent for p in self.problems):
+            try:
+                self._ask(drained)
+            except NoEnd as stopped:
+                self._problem("no-end", f"the audit: {stopped}")
+            except Exception as broken:  # as in a step
+                self._problem("simulator-crash", f"the audit: {type(broken).__name__}: {broken}")
         return self.problems
 
     def _ask(self, drained: bool) -> None:

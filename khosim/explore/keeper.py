@@ -1,0 +1,185 @@
+"""What suspects come to: findings, the same whoever made the runs and however fast.
+
+Each cause has a queue of suspects in the order of the runs. Who stands first is counted for a
+finding that explains it, or else has to be shrunk before the queue goes on. Queues do not depend on
+each other, so several causes can be shrunk at the same time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from khosim.explore.shrink import Finding
+from khosim.explore.world import Problem, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from khosim.explore.work import Cause, Suspect
+    from khosim.kernel.behaviours import Release
+
+__all__ = ("Answer", "Asked", "Keeper", "tags", "together")
+
+_PER_CAUSE = 5
+_TOLD_BY_LAST = ("memfd", "vmalloc", "token", "fallocate")
+"""Kinds of steps whose last argument makes another program of it."""
+
+Answer = tuple[list[Step], Problem, tuple[str, ...]] | None
+"""Steps of the shrunk program, what speaks in it, and which switches silence it; or nothing."""
+
+
+class Asked(NamedTuple):
+    """Which suspect is to be shrunk, and for which of its causes."""
+
+    seed: str
+    cause: Cause
+
+
+def tags(steps: Iterable[Step]) -> frozenset[str]:
+    """What a program is made of: kinds of steps, faults, and what changes from kernel to kernel."""
+    found: set[str] = set()
+    words: list[str] = []
+    for step in steps:
+        if step.kind in ("boot", "kexec"):
+            now = (step.args[1] if step.kind == "boot" else step.args[0]).split()
+            found |= {f"{step.kind}+{word.split('=')[0]}" for word in now if word not in words}
+            found |= {f"kexec-{word.split('=')[0]}" for word in words if word not in now}
+            words = now
+        found.add(step.kind + ("!" if step.fault else ""))
+        if step.kind in _TOLD_BY_LAST:
+            found.add(f"{step.kind}:{step.args[-1]}")
+    return frozenset(found - {"boot", "boot+kho", "boot+liveupdate", "kexec"})
+
+
+class _Queue:
+    """Suspects of one cause that wait, and what is known of it."""
+
+    __slots__ = ("asked", "known", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: deque[Suspect] = deque()
+        self.known: list[Finding] = []
+        self.asked = False
+
+
+class Keeper:
+    """Takes suspects in the order of the runs, keeps findings."""
+
+    def __init__(self, release: str | Release) -> None:
+        self._release = release
+        self._queues: dict[Cause, _Queue] = {}
+        self._answers: dict[Asked, Answer] = {}
+        self._wanted: deque[tuple[Asked, Suspect]] = deque()
+        self._places: dict[int, tuple[int, int]] = {}
+        self._taken = 0
+        self.unshrunk = 0
+        """Suspects that did not show it a second time."""
+        self.unexplained = 0
+        """Suspects of causes that had many findings already."""
+
+    def take(self, suspect: Suspect) -> None:
+        """The next suspect."""
+        self._taken += 1
+        for cause in suspect.causes:
+            queue = self._queues.setdefault(cause, _Queue())
+            queue.waiting.append(suspect)
+            if not queue.asked:
+                self._settle(cause, queue)
+
+    def recall(self, asked: Asked, answer: Answer) -> None:
+        """An answer from an earlier time, for whenever it will be asked."""
+        self._answers[asked] = answer
+
+    def next_wanted(self) -> tuple[Asked, Suspect] | None:
+        """What is to be shrunk next, if anything is."""
+        return self._wanted.popleft() if self._wanted else None
+
+    @property
+    def waits(self) -> int:
+        """How many suspects nobody has looked into yet."""
+        return sum(len(queue.waiting) for queue in self._queues.values())
+
+    def answer(self, asked: Asked, answer: Answer) -> None:
+        """What shrinking came to."""
+        self._answers[asked] = answer
+        queue = self._queues[asked.cause]
+        queue.asked = False
+        self._settle(asked.cause, queue)
+
+    def _settle(self, cause: Cause, queue: _Queue) -> None:
+        while queue.waiting:
+            suspect = queue.waiting[0]
+            asked = Asked(suspect.seed, cause)
+            parts = tags(suspect.steps)
+            explained = next((f for f in queue.known if f.kinds <= parts), None)
+            if explained is not None:
+                explained.runs.add(suspect.seed)
+            elif len(queue.known) >= _PER_CAUSE:
+                self.unexplained += 1
+            elif asked in self._answers:
+                self._found(cause, queue, suspect, self._answers[asked])
+            else:
+                queue.asked = True
+                self._wanted.append((asked, suspect))
+                return
+            queue.waiting.popleft()
+
+    def _found(self, cause: Cause, queue: _Queue, suspect: Suspect, answer: Answer) -> None:
+        if answer is None:
+            self.unshrunk += 1
+            return
+        steps, problem, switches = answer
+        parts = tags(steps)
+        same = next((f for f in queue.known if f.kinds == parts), None)
+        if same is not None:
+            same.runs.add(suspect.seed)
+            return
+        found = Finding(problem, cause[1], list(steps), suspect.seed, self._release, parts)
+        found.runs.add(suspect.seed)
+        found.switches = switches
+        queue.known.append(found)
+
+    def findings(self) -> list[Finding]:
+        """All of them, each cause for itself, in the order of the runs that they are from."""
+        every = [found for queue in self._queues.values() for found in queue.known]
+        return sorted(every, key=lambda f: (_place(f.seed), f.invariant, f.shape))
+
+
+def _place(seed: str) -> tuple[str, int]:
+    name, _, number = seed.rpartition(":")
+    return name, int(number)
+
+
+def together(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings put together by cause.
+
+    Known hazards are told by the switches that make them silent: what one of them explains belongs
+    to it, also where another would do as well. What nothing explains is told by what its program is
+    made of. Of each cause the shortest program is kept, and who else says so.
+    """
+    groups: dict[frozenset[str], list[Finding]] = {}
+    for found in sorted(findings, key=lambda f: (len(f.switches), _place(f.seed))):
+        key = frozenset(found.switches)
+        if key:
+            key = next((k for k in groups if k <= key and min(k).startswith("fix_")), key)
+        else:
+            key = frozenset(("new", *found.kinds))
+        groups.setdefault(key, []).append(found)
+    return sorted(map(_joined, groups.values()), key=lambda f: _place(f.seed))
+
+
+def _joined(group: list[Finding]) -> Finding:
+    # The fewest steps, then the fewest faults; among equals the first run.
+    def length(found: Finding) -> tuple[int, int, int, tuple[str, int]]:
+        faults = sum(bool(step.fault) for step in found.steps)
+        line = sum(len(str(step.args)) for step in found.steps)
+        return len(found.steps), faults, line, _place(found.seed)
+
+    best = min(group, key=length)
+    others = {found.invariant for found in group} - {best.invariant}
+    runs = set().union(*(found.runs for found in group))
+    joined = Finding(best.problem, best.shape, best.steps, best.seed, best.release, best.kinds)
+    joined.runs, joined.also = runs, tuple(sorted(others))
+    joined.switches = min((f.switches for f in group), key=len)
+    return joined

@@ -1,0 +1,140 @@
+"""Pieces of a campaign's work: plain data in, plain data out, in whatever process.
+
+Each function is of its arguments alone. ``tick`` is called before each program with its number, so
+that whoever waits knows what a worker is at.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from khosim.explore.exhaust import expand, keep_of, kinds_of
+from khosim.explore.hazards import SWITCHES
+from khosim.explore.limits import BY_THE_CLOCK, alarm
+from khosim.explore.search import random_run
+from khosim.explore.shrink import cause_of, on_release, shrink, speaks
+from khosim.kernel.release import find_release
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from khosim.explore.world import Step
+    from khosim.kernel.behaviours import Release
+
+__all__ = ("Cause", "Runs", "Spec", "Suspect", "Task", "do", "run_unit", "silencers")
+
+Cause = tuple[str, str]
+"""An invariant, and the shape of its words."""
+
+
+class Spec(NamedTuple):
+    """What a campaign tries: all that a run depends on, but its number."""
+
+    scenario: str
+    release: str | Release
+    seed: str
+
+
+class Suspect(NamedTuple):
+    """A run in which something spoke: enough to run it again."""
+
+    seed: str
+    steps: tuple[Step, ...]
+    causes: tuple[Cause, ...]
+
+
+class Runs(NamedTuple):
+    """What some runs in a row came to. ``lost`` are numbers of runs that no worker survived."""
+
+    suspects: list[Suspect]
+    reached: set[str]
+    lost: tuple[int, ...] = ()
+
+
+class Task(NamedTuple):
+    """A piece of work: the name of one of the functions here, and its arguments after the spec."""
+
+    name: str
+    args: tuple[Any, ...]
+
+
+def _no_tick(number: int) -> None:
+    """Nobody waits."""
+
+
+def run_unit(
+    seed: str,
+    scenario: str,
+    release: str | Release,
+    first: int,
+    count: int,
+    skip: Sequence[int] = (),
+    tick: Callable[[int], None] = _no_tick,
+) -> Runs:
+    """Make ``count`` runs from number ``first`` on, but for those to ``skip``."""
+    suspects: list[Suspect] = []
+    reached: set[str] = set()
+    for n in range(first, first + count):
+        if n in skip:
+            continue
+        tick(n)
+        name = f"{seed}:{n}"
+        with alarm():
+            world = random_run(name, scenario, release)
+        reached |= {step.kind for step in world.steps}
+        causes = tuple(dict.fromkeys(cause_of(problem) for problem in world.problems))
+        if causes:
+            suspects.append(Suspect(name, tuple(world.steps), causes))
+        world.close()
+    return Runs(suspects, reached, tuple(skip))
+
+
+def silencers(
+    steps: Sequence[Step],
+    cause: Cause,
+    release: str | Release,
+    tick: Callable[[int], None] = _no_tick,
+) -> tuple[str, ...]:
+    """The switches of known hazards that each make ``cause`` silent in a program.
+
+    Where no single one does, a smallest set that does together; nothing where not even all do.
+    """
+    found = find_release(release)
+    off = [name for name in SWITCHES if not getattr(found, name)]
+
+    def is_silent(names: Sequence[str]) -> bool:
+        tick(0)
+        changed = found.evolve(name=f"{found.name} and", **dict.fromkeys(names, True))
+        return not speaks(on_release(steps, changed), cause, changed)
+
+    if not off or BY_THE_CLOCK in cause[1] or not is_silent(off):
+        return ()
+    alone = tuple(name for name in off if is_silent([name]))
+    if alone:
+        return alone
+    needed = list(off)
+    for name in off:
+        less = [other for other in needed if other != name]
+        if is_silent(less):
+            needed = less
+    return tuple(needed)
+
+
+def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
+    """Carry a piece of work out."""
+    if task.name == "runs":
+        first, count, skip = task.args
+        return run_unit(spec.seed, spec.scenario, spec.release, first, count, skip, tick)
+    if task.name == "shrink":
+        steps, cause = task.args
+        shrunk = shrink(list(steps), cause, spec.release, tick=tick)
+        if shrunk is None:
+            return None
+        return (*shrunk, silencers(shrunk[0], cause, spec.release, tick))
+    assert task.name == "expand"
+    kinds, keep = kinds_of(spec.scenario), keep_of(spec.scenario)
+    found = []
+    for program in task.args[0]:
+        tick(0)
+        found.append(list(expand(program, kinds, spec.release, keep)))
+    return found

@@ -1,0 +1,392 @@
+"""Campaigns: equal findings whoever does the work, nothing lost by an end, hangs and deaths."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+
+from khosim.cli.main import main
+from khosim.errors import InputError
+from khosim.explore.campaign import Campaign
+from khosim.explore.corpus import Corpus
+from khosim.explore.crew import Workers
+from khosim.explore.hazards import SWITCHES, fixed, hazard_of
+from khosim.explore.keeper import Keeper, together
+from khosim.explore.limits import NoEnd, alarm
+from khosim.explore.search import KINDS, replay
+from khosim.explore.shrink import Finding, cause_of
+from khosim.explore.work import Spec, Suspect, Task, do, silencers
+from khosim.explore.world import Problem, Step, World
+
+BOOT = Step("boot", ('"64M"', "kho=on liveupdate=on", "7.3"))
+SCENARIO = "reserve-mem"
+RUNS = 8
+_known: dict[str, Any] = {}
+
+
+def do_once(spec: Spec, task: Task) -> Any:
+    """Work is a function of its arguments: these tests do each piece once, to be quick."""
+    name = repr((spec, task))
+    if name not in _known:
+        _known[name] = do(spec, task)
+    return deepcopy(_known[name])
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of work of three runs, so that a few runs are many pieces."""
+    monkeypatch.setattr("khosim.explore.campaign.CHUNK", 3)
+    monkeypatch.setattr("khosim.explore.crew.do", do_once)
+
+
+class Backwards:
+    """A crew that gives the last result first, and one at a time."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._spec = Spec(SCENARIO, "7.3", "4")
+        self._tasks: list[tuple[int, Task]] = []
+
+    def submit(self, number: int, task: Task) -> None:
+        """Take it on."""
+        assert len(self._tasks) < self.width
+        self._tasks.append((number, task))
+
+    def wait(self, seconds: float) -> list[tuple[int, Any]]:
+        """The last one."""
+        number, task = self._tasks.pop()
+        return [(number, do_once(self._spec, task))]
+
+    def close(self) -> None:
+        """Nothing is left."""
+        self._tasks.clear()
+
+
+def _corpus(path: Path) -> Corpus:
+    return Corpus(path, {"scenario": SCENARIO, "seed": "4"})
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _campaign(path: Path, **options: Any) -> dict[str, Any]:
+    with _corpus(path) as corpus:
+        campaign = Campaign("4", SCENARIO, "7.3", corpus=corpus, **options)
+        campaign.run(runs=RUNS)
+    return campaign.as_json()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Path]]:
+    """A campaign that went through at one go: what it told, and its corpus."""
+    path = tmp_path_factory.mktemp("whole") / "corpus"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("khosim.explore.campaign.CHUNK", 3)
+        patch.setattr("khosim.explore.crew.do", do_once)
+        yield _campaign(path), path
+
+
+@pytest.mark.parametrize("width", [2, 5])
+def test_findings_do_not_depend_on_the_crew(
+    width: int, whole: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """Results in another order, some shrunk beside each other: equal words, equal corpus."""
+    assert _campaign(tmp_path, crew=Backwards(width)) == whole[0]
+    assert _bytes(tmp_path) == _bytes(whole[1])
+    assert whole[0]["explored"] == RUNS
+    assert len(whole[0]["findings"]) >= 2
+
+
+def test_a_cut_journal_is_gone_on_from(whole: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """Whatever was written when the process ended, the end of the campaign is the same."""
+    text = (whole[1] / "journal.jsonl").read_bytes()
+    first = text.index(b"\n") + 1
+    for cut in (0, 1, first - 1, first, len(text) // 2, text.index(b'"shrunk"'), len(text) - 1):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "corpus.json").write_bytes((whole[1] / "corpus.json").read_bytes())
+        (folder / "journal.jsonl").write_bytes(text[:cut])
+        (folder / "corpus.json.cut").write_bytes(b"{")
+        assert _campaign(folder) == whole[0]
+        assert _bytes(folder) == _bytes(whole[1])
+
+
+def test_finished_work_is_not_done_again(
+    whole: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A complete corpus needs no run, and more runs go on where it ends."""
+    copytree(whole[1], tmp_path, dirs_exist_ok=True)
+    made: list[Task] = []
+
+    def count(spec: Spec, task: Task) -> Any:
+        made.append(task)
+        return do_once(spec, task)
+
+    monkeypatch.setattr("khosim.explore.crew.do", count)
+    assert _campaign(tmp_path) == whole[0]
+    assert made == []
+    with _corpus(tmp_path) as corpus:
+        campaign = Campaign("4", SCENARIO, "7.3", corpus=corpus)
+        campaign.run(runs=RUNS + 2)
+    assert [task.args for task in made if task.name == "runs"] == [
+        (RUNS, 1, ()),
+        (RUNS + 1, 1, ()),
+    ]
+    assert campaign.explored == RUNS + 2
+    with pytest.raises(InputError, match="holds 10 runs"):
+        _campaign(tmp_path)
+
+
+def test_an_interruption_keeps_what_was_found(
+    whole: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """A campaign that is told to stop writes what it has; the same arguments finish it."""
+    with _corpus(tmp_path) as corpus:
+        campaign = Campaign(
+            "4", SCENARIO, "7.3", corpus=corpus, crew=Backwards(2), stops=lambda: True
+        )
+        campaign.run(runs=RUNS)
+    assert campaign.is_interrupted
+    assert campaign.explored == 3
+    assert (tmp_path / "journal.jsonl").read_bytes()
+    assert _campaign(tmp_path) == whole[0]
+    assert _bytes(tmp_path) == _bytes(whole[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("notes.txt", b"mine", "notes.txt: it does not belong into a corpus"),
+        ("findings/notes", b"mine", "notes: it does not belong into a corpus"),
+        ("findings/0123456789ab.json", b'{"id": ', "0123456789ab.json: it is torn"),
+        ("journal.jsonl", b"\xff\xfe\n{}\n", "line 1: it is torn or no JSON"),
+        ("journal.jsonl", b"[1]\n", "line 1: not an object"),
+        ("journal.jsonl", b"[" * 99999 + b"\n", "line 1: it is torn"),
+        ("journal.jsonl", b'{"runs":[0,-3],"suspects":[],"reached":[]}\n', "line 1: not what"),
+        ("journal.jsonl", b'{"runs":[0,3],"suspects":[7],"reached":[]}\n', "line 1: not what"),
+        ("journal.jsonl", b'{"shrunk":["4:0","x","y"],"steps":[]}\n', "line 1"),
+        ("journal.jsonl", b'{"expand":[0,0],"children":[[[1]]]}\n', "line 1: not what"),
+        ("journal.jsonl", b"{}\n", "line 1: not what"),
+        ("corpus.json", b"{", "corpus.json: it is torn"),
+        ("corpus.json", b'{"format": "other"}', "its format is not"),
+    ],
+)
+def test_spoilt_corpora_are_refused(
+    name: str, text: bytes, told: str, whole: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """One line says which file is torn or foreign, and nothing is touched."""
+    copytree(whole[1], tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(text)
+    before = _bytes(tmp_path)
+    with pytest.raises(InputError) as caught:
+        _campaign(tmp_path)
+    assert told in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert _bytes(tmp_path) == before
+
+
+def test_a_corpus_belongs_to_one_campaign(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other arguments, a file in its place, another process: a line, and status 2."""
+    folder = tmp_path / "corpus"
+    arguments = ["explore", "subtrees", "--runs", "1", "--corpus", str(folder)]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    for more, told in (
+        (["--seed", "3"], "its seed is '0', not '3'"),
+        (["--fixed"], "its release is '7.3', not '7.3 fixed'"),
+        (["--exhaustive", "1"], "its search is 'random', not 'exhaustive 1'"),
+    ):
+        assert main([*arguments, *more]) == 2
+        assert told in capsys.readouterr().err
+    with Corpus(folder, {}):
+        assert main(arguments) == 2
+    assert "another campaign is writing to it" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*arguments[:-1], str(tmp_path / "file")]) == 2
+    assert "this is none" in capsys.readouterr().err
+    about = json.loads((folder / "corpus.json").read_text())
+    (folder / "corpus.json").write_text(json.dumps({**about, "khosim": "x"}))
+    assert main(arguments) == 2
+    assert "made by another version of khosim" in capsys.readouterr().err
+
+
+# -- no end, and death -----------------------------------------------------------------------------
+
+
+def test_a_program_without_end_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many events end a program, and that is what it is told for."""
+    steps = [BOOT, Step("kexec", ("kho=on liveupdate=on",))]
+    world = replay(steps)
+    assert world is not None
+    assert 50 < world.heard < 5000
+    monkeypatch.setattr("khosim.explore.world.EVENTS_MAX", world.heard - 1)
+    again = replay(steps)
+    assert again is not None
+    assert [(p.invariant, p.at) for p in again.problems] == [("no-end", 1)]
+
+
+def test_the_alarm_rings() -> None:
+    """A loop without events is ended by the clock, in a step and outside of one."""
+    spin = replace(KINDS["free_folio"], name="spin", source=lambda world: "while True: pass")
+    world = World({**KINDS, "spin": spin})
+    world.run(BOOT)
+    with alarm(0.02):
+        world.run(Step("spin"))
+    assert [p.invariant for p in world.judge()] == ["no-end"]
+    assert world.is_over
+    with pytest.raises(NoEnd), alarm(0.01):
+        exec("while True: pass")
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_replaced() -> None:
+    """Killed from outside it is a line, and the result is the same."""
+    spec = Spec("subtrees", "7.3", "1")
+    said: list[str] = []
+    crew = Workers(spec, 1, said.append)
+    crew.submit(7, Task("runs", (0, 40, ())))
+    results: list[tuple[int, Any]] = []
+    while crew._workers[0].at is None:
+        results += crew.wait(1)
+    crew._workers[0].process.kill()
+    while not results:
+        results += crew.wait(1)
+    crew.close()
+    assert results == [(7, do(spec, Task("runs", (0, 40, ()))))]
+    assert len(said) == 1
+    assert said[0].startswith("a worker was killed (SIGKILL) at run 1:")
+
+
+@pytest.mark.slow
+def test_a_deadly_run_is_left_out(tmp_path: Path) -> None:
+    """A run that kills its worker twice is named and left out; the campaign goes on."""
+    deadly = tmp_path / "deadly.py"
+    deadly.write_text("import os\nos._exit(3)\n")
+    said: list[str] = []
+    spec = Spec("subtrees", str(deadly), "1")
+    campaign = Campaign("1", "subtrees", str(deadly), crew=Workers(spec, 1, said.append))
+    campaign.run(runs=1)
+    assert campaign.lost == [0]
+    assert campaign.as_json()["lost"] == [0]
+    assert campaign.explored == 0
+    assert said == [
+        "a worker ended with status 3 at run 1:0; what it was at is done again",
+        "a worker ended with status 3 at run 1:0 again; that run is left out",
+    ]
+
+
+# -- the command, with real processes --------------------------------------------------------------
+
+COMMAND = [sys.executable, "-m", "khosim", "explore", "sessions", "--runs", "40", "--seed", "1"]
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_and_any_kill(tmp_path: Path) -> None:
+    """1, 2 and 3 workers, one campaign killed twice, one interrupted: equal bytes everywhere."""
+    texts, corpora = [], []
+    for jobs in ("1", "2", "3"):
+        command = [*COMMAND, "--jobs", jobs, "--corpus", str(tmp_path / jobs)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert (done.returncode, done.stderr) == (1, "")
+        texts.append(done.stdout)
+        corpora.append(_bytes(tmp_path / jobs))
+    folder = tmp_path / "killed"
+    command = [*COMMAND, "--jobs", "2", "--corpus", str(folder)]
+    for lines, number in ((1, signal.SIGKILL), (2, signal.SIGKILL), (4, signal.SIGINT)):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        journal = folder / "journal.jsonl"
+        until = time.monotonic() + 100
+        while not journal.exists() or journal.read_bytes().count(b"\n") < lines:
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+        _, err = process.communicate(timeout=100)
+        if number == signal.SIGINT:
+            assert process.returncode == 130
+            assert err.startswith("khosim explore: interrupted after ")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert {*texts, done.stdout} == {texts[0]}
+    assert corpora[0] == corpora[1] == corpora[2] == _bytes(folder)
+
+
+# -- what is one cause -----------------------------------------------------------------------------
+
+
+def _finding(number: int, invariant: str, steps: list[Step], *switches: str) -> Finding:
+    found = Finding(Problem(invariant, "", 0), "", steps, f"0:{number}", "7.3")
+    found.kinds = frozenset(step.kind for step in steps)
+    found.switches = switches
+    found.runs = {found.seed}
+    return found
+
+
+def test_findings_of_one_cause_are_one() -> None:
+    """Equal switches, or else equal programs; the shortest program speaks for all."""
+    longer = [BOOT, BOOT]
+    joined = together(
+        [
+            _finding(1, "a", longer, "fix_x"),
+            _finding(2, "b", [BOOT], "fix_x", "fix_y"),
+            _finding(3, "c", longer, "fix_y"),
+            _finding(4, "d", longer),
+            _finding(5, "e", longer),
+        ]
+    )
+    told = [(f.seed, f.invariant, f.also, f.switches, f.count) for f in joined]
+    assert told == [
+        ("0:2", "b", ("a",), ("fix_x",), 2),
+        ("0:3", "c", (), ("fix_y",), 1),
+        ("0:4", "d", ("e",), (), 2),
+    ]
+
+
+def test_a_switch_that_silences_names_the_hazard() -> None:
+    """A released region is silenced by its own fix; where all are on, nothing names a hazard."""
+    line = "kho=on liveupdate=on reserve_mem=4096:4096:b"
+    steps = [Step("boot", ('"64M"', line, "7.3")), Step("release_region", ("b",))]
+    world = replay(steps)
+    assert world is not None
+    problem = next(p for p in world.problems if p.invariant == "preserved-is-held")
+    assert silencers(steps, cause_of(problem), "7.3") == ("fix_region_release",)
+    assert silencers(steps, cause_of(problem), fixed("7.3")) == ()
+    assert silencers(steps, ("nobody", "says so"), "7.3")[:1] == (next(iter(SWITCHES)),)
+
+
+def test_each_switch_has_a_page() -> None:
+    """The names of hazards are those of their pages."""
+    pages = Path(__file__).resolve().parent.parent / "docs" / "hazards"
+    assert {hazard_of(switch) for switch in SWITCHES} <= {page.stem for page in pages.iterdir()}
+
+
+def test_causes_wait_for_each_other_no_longer_than_needed() -> None:
+    """Two causes can be shrunk at once; one that explains a suspect saves the second shrinking."""
+    keeper = Keeper("7.3")
+    cause, other = ("a", "x"), ("b", "y")
+    keeper.take(Suspect("0:1", (BOOT,), (cause, other)))
+    keeper.take(Suspect("0:2", (BOOT,), (cause,)))
+    asked = [keeper.next_wanted(), keeper.next_wanted()]
+    assert [one and one[0].cause for one in asked] == [cause, other]
+    assert keeper.next_wanted() is None
+    assert keeper.waits == 3
+    assert asked[0] is not None
+    keeper.answer(asked[0][0], ([BOOT], Problem("a", "x", 0), ()))
+    assert keeper.waits == 1
+    assert [(f.seed, f.count) for f in keeper.findings()] == [("0:1", 2)]
