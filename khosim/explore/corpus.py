@@ -19,7 +19,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import khosim
 from khosim.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ _CUT = ".cut"
 def fingerprint() -> str:
     """Short words for the source of khosim: equal seeds give equal findings by equal code."""
     total = blake2b(digest_size=8)
-    package = Path(khosim.__file__).parent
+    package = Path(__file__).resolve().parent.parent
     for path in sorted(package.rglob("*.py")):
         total.update(str(path.relative_to(package)).encode())
         total.update(path.read_bytes())
