@@ -7,11 +7,12 @@ from khosim.machine.devices.clock import Schedule, at, every, never, seeded
 from khosim.machine.devices.devices import Devices
 from khosim.machine.devices.engine import Transfer
 from khosim.machine.devices.events import DmaEvent, HardwareEvent
-from khosim.machine.devices.parts import Bridge, Endpoint, Part, Snp, Vtd
+from khosim.machine.devices.parts import Amd, Bridge, Endpoint, Part, Snp, Vtd
 from khosim.machine.devices.snp import SnpStatus
 from khosim.machine.devices.vcpus import GuestWrite
 
 __all__ = (
+    "Amd",
     "Bdf",
     "Bridge",
     "Devices",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from khosim.errors import InputError
+from khosim.machine.devices.amd import AmdUnit, Unit
 from khosim.machine.devices.bdf import Bdf
 from khosim.machine.devices.clock import Schedule, never
 from khosim.machine.devices.dma import Dma
@@ -24,7 +25,7 @@ from khosim.machine.devices.guarded_ram import guard
 from khosim.machine.devices.interrupts import Interrupts
 from khosim.machine.devices.nic import NicEngine
 from khosim.machine.devices.nvme import NvmeEngine
-from khosim.machine.devices.parts import Bridge, Endpoint, Part, Snp, Vtd
+from khosim.machine.devices.parts import Amd, Bridge, Endpoint, Part, Snp, Vtd
 from khosim.machine.devices.pci import Pci
 from khosim.machine.devices.snp import SecureProcessor
 from khosim.machine.devices.vcpus import Vcpus
@@ -87,31 +88,29 @@ class Devices:
         ram_ranges: tuple[tuple[int, int], ...],
     ) -> None:
         self.parts = tuple(parts)
-        units = [part for part in parts if isinstance(part, Vtd)]
+        units = [part for part in parts if isinstance(part, Vtd | Amd)]
         processors = [part for part in parts if isinstance(part, Snp)]
         functions = [part for part in parts if isinstance(part, (Bridge, Endpoint))]
         if len(units) > 1 or len(processors) > 1:
             raise InputError("devices", "at most one remapping unit and one secure processor")
         if len(units) + len(processors) + len(functions) != len(parts):
-            raise InputError("devices", "each is a Vtd, Bridge, Endpoint or Snp")
+            raise InputError("devices", "each is a Vtd, Amd, Bridge, Endpoint or Snp")
         self.log = EventLog()
         self.interrupts = Interrupts(ram, is_ram, self.log)
         end_phys = ram_ranges[-1][1]
         base = max(_MMIO_BASE, -(-end_phys // (1 << 40)) << 40)
         self.pci = Pci(functions, base, self.log, self.interrupts)
-        self.iommu: VtdUnit | None = None
+        self.iommu: Unit | None = None
         for unit in units:
-            if unit.base % 4096 or is_ram(unit.base, 1):
-                raise InputError("devices", f"a remapping unit at {unit.base:#x}, which is RAM")
-            self.iommu = self.interrupts.unit = VtdUnit(
-                ram,
-                is_ram,
-                unit.segment,
-                self.log,
-                base=unit.base,
-                caches=unit.caches,
-                send=self.interrupts.from_unit,
-            )
+            base = unit.base
+            if base % 4096 or is_ram(base, 1):
+                raise InputError("devices", f"a remapping unit at {base:#x}, which is RAM")
+            common = ram, is_ram, unit.segment, self.log, unit.caches
+            if isinstance(unit, Amd):
+                self.iommu = AmdUnit(*common, base=base)
+            else:
+                self.iommu = VtdUnit(*common, base=base, send=self.interrupts.from_unit)
+            self.interrupts.unit = self.iommu
         self.snp: SecureProcessor | None = None
         for processor in processors:
             self.snp = SecureProcessor(ram, end_phys, processor.asids, processor.seed, self.log)
@@ -145,7 +144,7 @@ class Devices:
     def mmio_read(self, phys: int, size: int = 4) -> int:
         """Read a BAR or a register of the remapping unit; all ones where nobody answers."""
         unit = self.iommu
-        if unit is not None and unit.base <= phys < unit.base + 4096:
+        if unit is not None and unit.base <= phys < unit.base + unit.size:
             return unit.read(phys - unit.base, size)
         claim = self.pci.claim(phys)
         if claim is None or phys + size > claim[1]:
@@ -156,7 +155,7 @@ class Devices:
     def mmio_write(self, phys: int, value: int, size: int = 4) -> None:
         """Write a BAR or a register of the remapping unit; lost where nobody answers."""
         unit = self.iommu
-        if unit is not None and unit.base <= phys < unit.base + 4096:
+        if unit is not None and unit.base <= phys < unit.base + unit.size:
             unit.write(phys - unit.base, value, size)
             return
         claim = self.pci.claim(phys)
@@ -300,6 +299,7 @@ def _decode(value: dict[str, Any]) -> Any:
 
 def _part(name: str, fields: dict[str, Any]) -> Part:
     kinds: dict[str, type[Part]] = {
+        "Amd": Amd,
         "Vtd": Vtd,
         "Bridge": Bridge,
         "Endpoint": Endpoint,

@@ -20,8 +20,8 @@ from khosim.machine.devices.pci import Pci
 from khosim.machine.ram import Ram
 
 if TYPE_CHECKING:
+    from khosim.machine.devices.amd import Unit
     from khosim.machine.devices.snp import SecureProcessor
-    from khosim.machine.devices.vtd_registers import VtdUnit
 
 __all__ = ("Dma",)
 
@@ -40,7 +40,7 @@ class Dma:
         ram_ranges: tuple[tuple[int, int], ...],
         pci: Pci,
         interrupts: Interrupts,
-        unit: VtdUnit | None,
+        unit: Unit | None,
         snp: SecureProcessor | None,
         log: EventLog,
     ) -> None:
@@ -121,6 +121,8 @@ class Dma:
                     if snp is not None and snp.enforces_dma:
                         size = snp.rmp.first_assigned(here, size) - here
                         if not size:
+                            if self.unit is not None:
+                                self.unit.record_rmp(function.bdf.rid, here)
                             return "rmp", runs, b""
                     Ram.write(self.ram, here, data[at : at + size], function.writer)
             else:

@@ -18,8 +18,8 @@ from khosim.machine.devices.events import EventLog
 from khosim.machine.ram import Ram
 
 if TYPE_CHECKING:
+    from khosim.machine.devices.amd import Unit
     from khosim.machine.devices.function import Function
-    from khosim.machine.devices.vtd_registers import VtdUnit
 
 __all__ = ("Interrupts", "is_interrupt")
 
@@ -48,7 +48,7 @@ class Interrupts:
 
     def __init__(self, ram: Ram, is_ram: Callable[[int, int], bool], log: EventLog) -> None:
         self.ram, self.is_ram, self.log = ram, is_ram, log
-        self.unit: VtdUnit | None = None
+        self.unit: Unit | None = None
         self.latched: Counter[tuple[int, int]] = Counter()
         self.waiting: dict[tuple[int, int], list[tuple[str, int]]] = {}
         """Whose interrupts a latched vector stands for: sources, oldest first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ("KINDS", "Bridge", "Endpoint", "Part", "Snp", "Vtd")
+__all__ = ("KINDS", "Amd", "Bridge", "Endpoint", "Part", "Snp", "Vtd")
 
 KINDS = ("nic", "nvme", "plain")
 
@@ -18,6 +18,15 @@ class Vtd:
 
     segment: int = 0
     base: int = 0xFED9_0000
+    caches: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Amd:
+    """An AMD IOMMU for one segment, as :class:`Vtd`; 16 KiB of registers at ``base``."""
+
+    segment: int = 0
+    base: int = 0xFEB8_0000
     caches: bool = True
 
 
@@ -57,4 +66,4 @@ class Snp:
     seed: int = 0
 
 
-Part = Vtd | Bridge | Endpoint | Snp
+Part = Vtd | Amd | Bridge | Endpoint | Snp

@@ -25,7 +25,7 @@ from khosim.machine.devices.vtd_tables import (
     unpack_context,
     unpack_irte,
 )
-from khosim.machine.devices.walk import walk
+from khosim.machine.devices.walk import VTD, walk
 from khosim.machine.ram import Ram
 
 __all__ = ("Fault", "Remapper", "Resolved")
@@ -54,6 +54,8 @@ class Resolved(NamedTuple):
 
 class Remapper:
     """What the unit does with requests. ``root_phys`` and the flags are set by registers."""
+
+    form = VTD
 
     __slots__ = (
         "caches",
@@ -149,13 +151,13 @@ class Remapper:
         write: bool,
         cached: bool,
     ) -> Resolved:
-        if context.pass_through:
+        wanted = WRITE if write else READ
+        if context.pass_through and context.rights & wanted:
             return Resolved(((iova, len_bytes),), None)
         frame, end = iova >> 12, iova + len_bytes + 4095 >> 12
         limit = 1 << 9 * context.levels
-        wanted = WRITE if write else READ
         runs: list[tuple[int, int]] = []
-        reason = BEYOND_WIDTH
+        reason = BEYOND_WIDTH if not context.pass_through else NO_WRITE if write else NO_READ
         end_here = min(end, limit)
         while frame < end_here:
             extent, until = None, end_here
@@ -167,7 +169,14 @@ class Remapper:
                 if extent is not None:
                     until = extent.end  # it lacks the right: look whether the table has it by now
                 extents, stop = walk(
-                    self.ram, self.is_ram, context.table_phys, context.levels, frame, until
+                    self.ram,
+                    self.is_ram,
+                    context.table_phys,
+                    context.levels,
+                    frame,
+                    until,
+                    self.form,
+                    context.rights,
                 )
                 if cached:
                     self.iotlb.fill(context.did, extents)
@@ -211,6 +220,9 @@ class Remapper:
         self.faults.append(fault)
         name = str(Bdf.of_rid(self.segment, fault.rid))
         self.log.add("fault", name, **fault._asdict())
+
+    def record_rmp(self, rid: int, phys: int) -> None:
+        """A write was stopped by the reverse map table: AMD's units log it."""
 
     # -- interrupts -------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ _BY_UNIT = (-1, "iommu")
 class VtdUnit(Remapper):
     """A unit with its registers; ``base`` is where they are in physical memory."""
 
+    size = 4096
+
     __slots__ = ("_registers", "base", "send")
 
     def __init__(
@@ -52,9 +54,9 @@ class VtdUnit(Remapper):
         is_ram: Callable[[int, int], bool],
         segment: int,
         log: EventLog,
+        caches: bool,
         *,
         base: int,
-        caches: bool,
         send: Callable[[int, int], None],
     ) -> None:
         self.base = base

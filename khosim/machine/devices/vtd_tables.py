@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 __all__ = (
     "ADDR_MASK",
-    "PAGE_SIZE_BIT",
     "READ",
     "WRITE",
     "ContextEntry",
@@ -20,18 +19,22 @@ __all__ = (
     "unpack_irte",
 )
 
-READ, WRITE, PAGE_SIZE_BIT = 1, 2, 1 << 7
+READ, WRITE = 1, 2
 ADDR_MASK = (1 << 52) - 4096
 
 
 class ContextEntry(NamedTuple):
-    """What a device's context entry says. ``levels`` is 0 where the entry makes no sense."""
+    """What a device's context entry says. ``levels`` is 0 where the entry makes no sense.
+
+    ``rights`` (READ and WRITE) bound what the tables allow.
+    """
 
     fault_silent: bool
     pass_through: bool
     table_phys: int
     levels: int
     did: int
+    rights: int = 3
 
 
 def unpack_context(low: int, high: int) -> ContextEntry | None:
