@@ -161,6 +161,7 @@ def test_rights_are_those_of_every_level() -> None:
         ((0, 3 << 28 | DID, 0x4000 | 1, 0), True),  # two pages from 0x4000 on
         ((0, 3 << 28 | DID, 0x6000 | 1, 0), False),
         ((0, 3 << 28 | DID, 0x3000 | 1, 0), True),  # eight pages from 0 on
+        ((0, 3 << 28 | DID, 0x7000 | 1, 0), True),  # sixteen pages from 0 on
         ((0, 3 << 28 | DID, 0xFFFF_F000 | 3, 0x7FFF_FFFF), True),  # the whole domain
         ((0, 3 << 28 | DID + 1, 0xFFFF_F000 | 3, 0x7FFF_FFFF), False),
         ((0, 8 << 28, 0, 0), True),
@@ -189,6 +190,32 @@ def test_a_stale_device_entry_until_it_is_invalidated() -> None:
     assert rig.dma(0x5000).outcome == "done"
     assert rig.command(RID, 2 << 28, 0, 0)
     assert rig.dma(0x5000).outcome == "fault"
+
+
+def test_a_new_buffer_is_read_from_its_start() -> None:
+    """Writing the base of a buffer sets its head and tail to zero."""
+    rig = Rig()
+    rig.start()
+    assert rig.command(0, 8 << 28, 0, 0) == 32
+    rig.write(0x08, COMMANDS | 9 << 56)
+    assert (rig.read(0x2000), rig.read(0x2008)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("odd", "stops"),
+    [(0x100_0000 | RW, True), (0x100_0000 | 1, True), (0x100_0000 | RW | 1, False), (0, True)],
+)
+def test_one_odd_leaf_among_many(odd, stops) -> None:
+    """Present without rights and rights without present are no translation."""
+    rig = Rig()
+    rig.start()
+    for page in range(40):
+        rig.map(0x10_0000 + (page << 12), 0x80_0000 + (page << 12))
+    rig.ram.write_u64(TABLE + 0x3000 + 8 * (0x100 + 20), odd, BY)
+    found = rig.devices.iommu.translate(RID, 0x10_0000, 40 << 12, True)
+    assert (found.fault is not None) == stops
+    assert found.runs[0] == (0x80_0000, 20 << 12)
+    assert found.runs[1:] == (() if stops else ((0x100_0000, 4096), (0x81_5000, 19 << 12)))
 
 
 def test_a_bad_command_stops_the_buffer() -> None:

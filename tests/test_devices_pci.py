@@ -203,6 +203,48 @@ def test_a_peer_is_written_to() -> None:
     assert hardware.ram.touched_ranges() == []
 
 
+def test_a_write_over_the_end_of_a_bar() -> None:
+    """What lies in the peer arrives; behind it nobody answers."""
+    _, devices = host()
+    for bdf in (NIC, PEER):
+        enable(devices, bdf)
+    start, size = devices.pci.named(PEER).bars[0]
+    event = devices.dma(NIC, start + size - 2, 4, b"peer")
+    assert (event.outcome, event.runs) == ("unclaimed", ((start + size - 2, 2),))
+    assert devices.mmio_read(start + size - 2, 2) == int.from_bytes(b"pe", "little")
+
+
+def test_nobody_is_behind_an_unnumbered_bridge() -> None:
+    """With bus numbers of zero, as after a reset, no access goes through."""
+    _, devices = host()
+    devices.write_config("00:01.0", 0x18, 0)
+    assert devices.pci.find("00:00.0") is None
+    assert devices.pci.find(NIC) is None
+    devices.write_config("00:01.0", 0x18, 0x003B_3B00)
+    assert devices.pci.find(NIC).name == NIC
+    assert devices.pci.named(NIC).renumbered == 2
+
+
+def test_a_reset_clears_what_a_driver_set_up() -> None:
+    """Memory behind BARs, pending interrupts, and the virtual functions' own registers."""
+    _, devices = host()
+    enable(devices, PEER)
+    peer, nic = devices.pci.named(PEER), devices.pci.named(NIC)
+    devices.mmio_write(peer.bars[0][0] + 64, 1)
+    devices.write_config(PEER, 0x52, 0xC000, 2)
+    assert peer.msix(0) == "masked"
+    devices.write_config(NIC, 0x150, 2, 2)
+    devices.write_config(NIC, 0x148, 0x9, 2)
+    devices.write_config("3b:02.0", 4, 4, 2)
+    peer.reset("flr")
+    nic.reset("flr")
+    assert peer.msix_pending == 0
+    assert peer.bar_memory[0].read(64, 4) == bytes(4)
+    devices.write_config(NIC, 0x150, 2, 2)
+    devices.write_config(NIC, 0x148, 0x9, 2)
+    assert devices.read_config("3b:02.0", 4, 2) == 0
+
+
 def test_virtual_functions_come_and_go() -> None:
     """They appear with VF Enable, at the offset that the capability tells, and go with a reset."""
     _, devices = host()

@@ -128,6 +128,48 @@ def test_a_page_walk_by_hand() -> None:
     assert (over.outcome, over.runs) == ("fault", ((0x50_0FFE, 2),))
 
 
+def test_many_leaves_at_once() -> None:
+    """Forty leaves in a row: a table among them, rights that end, and an order that jumps."""
+    rig = Rig()
+    rig.start()
+    for index in range(30):
+        rig.map(index << 21, index << 21, 2 << 20)
+    rig.map(20 << 21, 0, 2 << 20, rights=0)
+    for page in range(512):
+        rig.map((20 << 21) + (page << 12), 0x2_0000 + (page << 12), rights=3 if page < 100 else 1)
+    read = rig.unit.translate(RID, 0x1000, 60 << 20, False)
+    assert read.runs == (
+        (0x1000, (40 << 20) - 0x1000),
+        (0x2_0000, 2 << 20),
+        (42 << 20, (18 << 20)),
+    )
+    assert read.fault == (6, RID, 60 << 20, False)
+    write = rig.unit.translate(RID, 0x1000, 50 << 20, True)
+    assert write.runs == ((0x1000, (40 << 20) - 0x1000), (0x2_0000, 100 << 12))
+    assert write.fault == (5, RID, (40 << 20) + (100 << 12), True)
+
+
+def test_a_right_that_was_added_counts_at_once() -> None:
+    """A cached translation that lacks a right is looked up again before it is a fault."""
+    rig = Rig()
+    rig.start()
+    rig.map(0x5000, 0x50_0000, rights=1)
+    assert rig.devices.dma(NIC, 0x5000, 4).outcome == "done"
+    rig.map(0x5000, 0x50_0000)
+    assert rig.dma(0x5000).outcome == "done"
+
+
+def test_faults_that_nobody_records() -> None:
+    """A look at the tables alone records nothing, nor does an entry with FPD set."""
+    rig = Rig()
+    rig.start()
+    assert rig.unit.walk(RID, 0x5000, 4, True).fault == (5, RID, 0x5000, True)
+    assert rig.unit.walk(0x3B08, 0x5000, 4, True).fault.reason == 2
+    rig.ram.write_u64(CONTEXTS, TABLE | 3, BY)
+    assert rig.dma(0x5000).outcome == "fault"
+    assert (rig.unit.faults, rig.read(FSTS)) == ([], 0)
+
+
 def test_large_leaves() -> None:
     """Leaves of 2 MiB and 1 GiB, and a DMA from one into the other."""
     rig = Rig()
@@ -503,6 +545,79 @@ def test_messages_that_are_blocked(address, high, reason) -> None:
     remap(rig, 7 << 40 | 0x55 << 16 | 1, high)
     assert nic.msix(0) == "blocked"
     assert [fault.reason for fault in rig.unit.faults] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("high", "passes"),
+    [
+        (0, True),  # not checked
+        (1 << 18 | RID, True),
+        (1 << 18 | RID | 4, False),
+        (1 << 18 | 1 << 16 | RID | 4, True),
+        (1 << 18 | 2 << 16 | RID | 6, True),
+        (1 << 18 | 1 << 16 | RID | 6, False),
+        (1 << 18 | 3 << 16 | RID | 7, True),
+        (1 << 18 | 3 << 16 | RID | 8, False),
+        (2 << 18 | 0x3A3B, True),  # buses 3a to 3b
+        (2 << 18 | 0x3C3D, False),
+    ],
+)
+def test_who_may_use_an_entry(high, passes) -> None:
+    """Source validation: exactly, without some bits of the function, or by bus."""
+    rig = Rig()
+    nic = arm(rig, 0xFEE0_0010 | 3 << 5, 0)
+    remap(rig, 7 << 40 | 0x55 << 16 | 1, high)
+    assert (nic.msix(0) == "latched") == passes
+
+
+def test_a_message_without_bus_master_is_not_sent() -> None:
+    """A message is a write like others."""
+    rig = Rig()
+    nic = arm(rig, 0xFEE0_0000, 0x41)
+    rig.devices.write_config(NIC, 4, 2, 2)
+    assert nic.msix(0) == "disabled"
+    assert rig.devices.interrupts.take() == {}
+
+
+def test_one_entry_is_forgotten_alone() -> None:
+    """A selective invalidation of the interrupt entry cache leaves the others."""
+    rig = Rig()
+    nic = arm(rig, 0xFEE0_0010 | 3 << 5, 0)
+    remap(rig, 7 << 40 | 0x55 << 16 | 1, 0)
+    nic.msix(0)
+    rig.ram.write_u64(IRTES + 48, 0, BY)
+    rig.write(IQA, QUEUE, 8)
+    rig.write(GCMD, 1 << 25 | 1 << 26)
+    for number, (index, outcome) in enumerate([(4, "merged"), (3, "blocked")]):
+        rig.ram.write(QUEUE + 16 * number, struct.pack("<QQ", index << 32 | 1 << 4 | 4, 0), BY)
+        rig.write(IQT, number + 1 << 4, 8)
+        assert nic.msix(0) == outcome
+    rig.write(GCMD, 1 << 25)
+    rig.write(GCMD, 1 << 25 | 1 << 26)
+    assert rig.read(0x80, 8) == 0  # a queue that is switched on begins at its start
+
+
+@pytest.mark.parametrize(
+    ("how", "did", "sid", "ignored", "is_gone"),
+    [
+        (2, DID, 0, 0, True),
+        (2, 9, 0, 0, False),
+        (3, DID, RID, 0, True),
+        (3, DID, RID | 1, 0, False),
+        (3, DID, RID | 7, 3, True),
+        (3, DID, RID | 4, 1, True),
+        (3, DID, RID | 2, 1, False),
+    ],
+)
+def test_contexts_go_as_selectively_as_asked(how, did, sid, ignored, is_gone) -> None:
+    """By domain, by device, by device with some bits of the function ignored."""
+    rig = Rig()
+    rig.start()
+    rig.map(0x5000, 0x50_0000)
+    rig.dma(0x5000)
+    rig.ram.write_u64(CONTEXTS, 0, BY)
+    rig.write(CCMD, 1 << 63 | how << 61 | ignored << 32 | sid << 16 | did, 8)
+    assert (rig.dma(0x5000).outcome == "fault") == is_gone
 
 
 def test_a_posted_message_waits_in_memory() -> None:

@@ -276,13 +276,12 @@ class Function:
     def bar_read(self, bar: int, offset: int, len_bytes: int) -> bytes:
         """What a read of a BAR gives."""
         if bar == 0 and self.msix_table:
-            half = self.bar_sizes[0] // 2
-            if offset >= half:
-                pba = self.msix_pending.to_bytes(256, "little")
-                held, at = (self.msix_table, half)
-                if offset >= half // 2 * 3:
-                    held, at = bytearray(pba), half // 2 * 3
-                return bytes(held[offset - at : offset - at + len_bytes]).ljust(len_bytes, b"\0")
+            at = offset - self.bar_sizes[0] // 2
+            if 0 <= at <= len(self.msix_table) - len_bytes:
+                return bytes(self.msix_table[at : at + len_bytes])
+            at = offset - self.bar_sizes[0] // 4 * 3
+            if 0 <= at <= 8 - len_bytes:
+                return self.msix_pending.to_bytes(8, "little")[at : at + len_bytes]
         if bar == 0 and self.engine is not None and self.engine.has_registers:
             value = self.engine.read_register(offset, len_bytes)
             return (value & (1 << 8 * len_bytes) - 1).to_bytes(len_bytes, "little")
@@ -290,11 +289,10 @@ class Function:
 
     def bar_write(self, bar: int, offset: int, data: bytes) -> None:
         """A write to a BAR."""
-        if bar == 0 and self.msix_table and offset >= self.bar_sizes[0] // 2:
-            at = offset - self.bar_sizes[0] // 2
-            if at + len(data) <= len(self.msix_table):
-                self.msix_table[at : at + len(data)] = data
-                self.send_pending()
+        at = offset - self.bar_sizes[0] // 2
+        if bar == 0 and 0 <= at <= len(self.msix_table) - len(data):
+            self.msix_table[at : at + len(data)] = data
+            self.send_pending()
         elif bar == 0 and self.engine is not None and self.engine.has_registers:
             self.engine.write_register(offset, int.from_bytes(data, "little"), len(data))
         else:
