@@ -258,6 +258,19 @@ def test_commands_that_firmware_refuses(call, status) -> None:
     assert snp.state() == before
 
 
+def test_a_guest_is_activated_after_its_launch_began() -> None:
+    """SNP_ACTIVATE in the state INIT is refused."""
+    _, snp = host()
+    assert snp.rmp.rmpupdate(GCTX, 4096, assigned=True, immutable=True) == 0
+    assert snp.gctx_create(GCTX) == SnpStatus.SUCCESS
+    assert snp.activate(GCTX, 3) == SnpStatus.INVALID_GUEST_STATE
+    assert snp.launch_start(GCTX, policy=0) == SnpStatus.POLICY_FAILURE
+    assert snp.launch_start(GCTX) == SnpStatus.SUCCESS
+    assert snp.launch_update(GCTX, MEMORY) == SnpStatus.INACTIVE
+    assert snp.activate(GCTX, 3) == SnpStatus.SUCCESS
+    assert snp.launch_update(GCTX, MEMORY) == SnpStatus.INVALID_PAGE_STATE
+
+
 def test_an_asid_is_used_again_after_a_flush() -> None:
     """SNP_ACTIVATE and SNP_SHUTDOWN ask for DF_FLUSH after a guest with the ASID has gone."""
     hardware, snp = launched()

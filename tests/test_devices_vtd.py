@@ -662,3 +662,28 @@ def test_the_card_goes_on_by_itself() -> None:
     assert rig.ram.read_u64(0x100_1000) == 1 << 32
     assert rig.devices.interrupts.take() == {(0, 0x41): 2}
     assert not nic.engine.busy
+
+
+def test_a_card_that_cannot_read_its_ring_hangs() -> None:
+    """One fault and it does no more, until a reset through its own register."""
+    rig = Rig()
+    rig.start()
+    nic = rig.devices.pci.named(NIC)
+    bar = nic.bars[0][0]
+
+    def enable() -> None:
+        rig.devices.mmio_write(bar + 0x2808, 64)
+        rig.devices.mmio_write(bar + 0x2818, 2)
+        rig.devices.mmio_write(bar + 0x100, 2)
+
+    enable()
+    rig.devices.tick()
+    rig.devices.tick()
+    assert [fault.iova for fault in rig.unit.faults] == [0]
+    assert not nic.engine.busy
+    rig.map(0, 0x50_0000)
+    rig.devices.mmio_write(bar, 1 << 26)
+    enable()
+    assert nic.engine.busy
+    rig.devices.tick()
+    assert rig.devices.mmio_read(bar + 0x2810) == 1
