@@ -146,6 +146,60 @@ def test_blocks_of_a_huge_folio(release, pages):
     assert got.inode.i_blocks == pages * 8
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize(("release", "pages"), [("7.0", 1), ("7.1", 512)])
+def test_what_a_truncated_guest_gives_back(release, pages, one_by_one):
+    """What was accounted for two folios of 2 MiB is what goes when the file is emptied.
+
+    Whether the folios were added at once or, because something might fail, one by one.
+    """
+    _, kernel = boot(release)
+    guest = kernel.memfd("guest", size="4M", huge="always")
+    guest.write(0, b"x")
+    guest.write(2 << 20, b"y")
+    kernel.liveupdate.create_session("vm").preserve(guest, 1)
+    successor = kernel.kexec()
+    if one_by_one:
+        successor.pages.fail = lambda order, owner: False
+    file = successor.liveupdate.retrieve_session("vm").retrieve(1)
+    inode = file.inode
+    assert (inode.mapping.nrpages, inode.alloced) == (1024, 2 * pages)
+    assert inode.i_blocks == 2 * pages * 8
+    file.ftruncate(0)
+    assert (inode.mapping.nrpages, inode.alloced, inode.i_blocks) == (0, 0, 0)
+
+
+def test_a_guest_of_single_pages_is_accounted_right_everywhere():
+    """Where each folio is a page, counting folios is counting pages."""
+    for release in ("6.19", "7.0", "7.1"):
+        _, kernel = boot(release)
+        guest = kernel.memfd("guest", size="40K")
+        guest.write(0, b"0" * 10 * PAGE)
+        kernel.liveupdate.create_session("vm").preserve(guest, 1)
+        inode = kernel.kexec().liveupdate.retrieve_session("vm").retrieve(1).inode
+        assert (inode.mapping.nrpages, inode.alloced, inode.i_blocks) == (10, 10, 80)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_huge_folio_that_cannot_be_accounted(after):
+    """What the books say of the folios before it goes with the file, to the last block."""
+    _, kernel = boot("7.3")
+    guest = kernel.memfd("guest", size="4M", huge="always")
+    guest.write(0, b"x")
+    guest.write(2 << 20, b"y")
+    kernel.liveupdate.create_session("vm").preserve(guest, 1)
+    successor = kernel.kexec()
+    answers = iter([False] * after + [True])
+    successor.pages.fail = lambda order, owner: (
+        owner == "shmem_inode_acct_blocks" and next(answers)
+    )
+    session = successor.liveupdate.retrieve_session("vm")
+    assert errno_of(session.retrieve, 1) == "ENOSPC"
+    told = f"memfd_luo: shmem: failed to account folio index {after}(512 pages): -28"
+    assert told in successor.messages
+    assert not any("i_blocks" in line for line in successor.messages)
+
+
 @pytest.mark.parametrize(("release", "told"), [("7.0", None), ("7.1", "EIO")])
 def test_a_folio_that_is_lost_midway(release, told):
     """0fb1daf0b78d: reported as success; and the folios behind it are lost, too."""

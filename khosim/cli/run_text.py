@@ -8,7 +8,7 @@ from textwrap import wrap
 
 from khosim.scenario.facts import GenerationFacts, SessionFact, StepRecord
 from khosim.scenario.fields import count_text, size_text
-from khosim.scenario.model import Scenario
+from khosim.scenario.model import LEFT_OUT, Scenario
 from khosim.scenario.result import Result
 
 __all__ = ("generation", "heading", "verdict")
@@ -139,6 +139,8 @@ def _messages(facts: GenerationFacts) -> list[str]:
 
 def _step(step: StepRecord) -> list[str]:
     what = _DONE.get(step.do, step.do)
+    if step.outcome == LEFT_OUT:
+        return _row(step.do, ", ".join(filter(None, (_named(step), f"left out: {step.note}"))))
     if step.outcome != "ok":
         verdict = "as expected" if step.outcome == step.expect else "NOT AS EXPECTED"
         return _row(step.do, ", ".join(filter(None, (_named(step), f"{verdict}: {step.note}"))))

@@ -68,8 +68,8 @@ class PreservedFacts:
 class StepRecord:
     """One step that was carried out; ``unit`` is what its blocks are.
 
-    ``outcome`` is "ok", or what the kernel or the check said; ``expect`` is what it was to be, and
-    empty for "ok".
+    ``outcome`` is "ok", or what the kernel or the check said, or "left out" where the release lacks
+    what an optional step needs; ``expect`` is what it was to be, and empty for "ok".
     """
 
     do: str

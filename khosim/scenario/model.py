@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Protocol
 
-from khosim.kernel.release import Release
+from khosim.errors import InputError
+from khosim.kernel.release import MAINLINE, RELEASES, Release
 from khosim.machine.memory_map import MemoryMap
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = (
     "ACCEPTED",
     "COLD",
+    "LEFT_OUT",
     "MAX_CONTENT_BYTES",
     "MAX_FOLIOS",
     "MAX_GENERATIONS",
@@ -48,6 +50,8 @@ MAX_CONTENT_BYTES = 4 << 30
 ACCEPTED, REFUSED, COLD, PANIC = "accepted", "refused", "cold", "panic"
 OUTCOMES = (ACCEPTED, REFUSED, COLD, PANIC)
 """What becomes of a handover: taken over; found and refused; never offered; the successor died."""
+LEFT_OUT = "left out"
+"""What becomes of an optional step for which the release lacks something."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +91,15 @@ class Step(Protocol):
     @property
     def expect(self) -> str:
         """The refusal that must come, or empty."""
+        ...
+
+    @property
+    def optional(self) -> bool:
+        """Whether it is left out where it lacks something."""
+        ...
+
+    def lacks(self, release: Release) -> str:
+        """What it needs and kernels of that release do not have, or empty."""
         ...
 
     def run(self, player: Player) -> StepFact:
@@ -171,3 +184,22 @@ class Scenario:
     def spec_of(self, generation: int) -> GenerationSpec:
         """The table of a generation, counted from 0."""
         return self.specs[min(generation, len(self.specs) - 1)]
+
+    def check_releases(self) -> None:
+        """Raise :class:`InputError` for a step whose kernel lacks what it needs.
+
+        Optional steps are left out then, and those that expect a refusal may get it.
+        """
+        release = self.kernel.release
+        seen: set[tuple[int, str]] = set()
+        for number in range(self.generations):
+            spec = self.spec_of(number)
+            here = (id(spec), release.name)
+            for step in () if here in seen else spec.steps:
+                lacking = "" if step.optional or step.expect else step.lacks(release)
+                if lacking:
+                    others = [name for name in MAINLINE if not step.lacks(RELEASES[name])]
+                    cause = f"Linux {release.name} has no {lacking}; {', '.join(others)} have"
+                    raise InputError(f"{step.place} ({step.do})", cause)
+            seen.add(here)
+            release = spec.kexec.release or release

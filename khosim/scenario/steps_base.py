@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from khosim.scenario.kho_user import preserve_range
 from khosim.scenario.model import Limits, StepFact
 
 if TYPE_CHECKING:
+    from khosim.kernel.release import Release
     from khosim.scenario.play import Player
 
 __all__ = (
@@ -70,13 +71,19 @@ class StepBase:
     place: str
     name: str
     expect: str
+    optional: bool = False
 
     @classmethod
-    def common(cls, table: Table, limits: Limits, *, name: str) -> dict[str, str]:
+    def common(cls, table: Table, limits: Limits, *, name: str) -> dict[str, Any]:
         """The fields above, read from a table."""
         expect = table.text("expect", "")
         check_expect(table, expect, cls.WORDS)
-        return {"place": table.place, "name": name, "expect": expect}
+        optional = table.flag("optional")
+        return {"place": table.place, "name": name, "expect": expect, "optional": optional}
+
+    def lacks(self, release: Release) -> str:
+        """What it needs and kernels of that release do not have, or empty."""
+        return ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +93,7 @@ class GroupStep(StepBase):
     share: float = 1.0
 
     @classmethod
-    def of_group(cls, table: Table, limits: Limits) -> dict[str, str]:
+    def of_group(cls, table: Table, limits: Limits) -> dict[str, Any]:
         """:meth:`StepBase.common` with the name of a group that exists, or ``*``."""
         name = table.text("name")
         if name != ALL and name not in limits.names:

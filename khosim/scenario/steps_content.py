@@ -6,7 +6,7 @@ Content is known from the scenario's seed; what is verified was computed, never 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class _ContentStep(GroupStep):
     __slots__ = ()
 
     @classmethod
-    def of_content(cls, table: Table, limits: Limits) -> dict[str, str]:
+    def of_content(cls, table: Table, limits: Limits) -> dict[str, Any]:
         """The common fields, and ``region`` and ``guest``, empty where a group is meant."""
         if sum(table.has(key) for key in ("name", "region", "guest")) != 1:
             raise table.error("give 'name' (a group), 'region' (of reserve_mem=) or 'guest'")

@@ -35,6 +35,7 @@ from khosim.scenario.steps_base import (
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
+    from khosim.kernel.release import Release
     from khosim.scenario.contents import I64
     from khosim.scenario.play import Player
 
@@ -76,6 +77,10 @@ class Unpreserve(GroupStep):
     def parse(cls, table: Table, limits: Limits) -> Unpreserve:
         """Read the step."""
         return cls(**cls.of_group(table, limits), share=_parse_share(table))
+
+    def lacks(self, release: Release) -> str:
+        """Until 6.18 only a failure, or an abort, took anything back."""
+        return "" if release.has("kho_unpreserve_folio") else "kho_unpreserve_folio"
 
     def run(self, player: Player) -> StepFact:
         """Unpreserve them; a blob's subtree goes too."""

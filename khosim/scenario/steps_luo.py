@@ -20,6 +20,7 @@ from khosim.scenario.steps_base import ALL, StepBase, Unexpected
 from khosim.scenario.steps_guest import file_name
 
 if TYPE_CHECKING:
+    from khosim.kernel.release import Release
     from khosim.scenario.play import Player
 
 __all__ = ("Close", "Finish", "Kill", "PreserveFd", "Reboot", "RetrieveSession", "SessionStep")
@@ -67,7 +68,16 @@ def _open_notes(player: Player, name: str, place: str) -> list[SessionNote]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SessionStep(StepBase):
+class _AgentStep(StepBase):
+    """A step that needs ``/dev/liveupdate``."""
+
+    def lacks(self, release: Release) -> str:
+        """The orchestrator came with 6.19."""
+        return "" if release.luo else "live update"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SessionStep(_AgentStep):
     """Make a session, and preserve guests and devices in it."""
 
     do: ClassVar[str] = "session"
@@ -103,7 +113,7 @@ class SessionStep(StepBase):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PreserveFd(StepBase):
+class PreserveFd(_AgentStep):
     """Preserve one more file in an open session."""
 
     do: ClassVar[str] = "preserve_fd"
@@ -129,7 +139,7 @@ class PreserveFd(StepBase):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RetrieveSession(StepBase):
+class RetrieveSession(_AgentStep):
     """Get sessions of the predecessor, and files out of them, and hold them against the notes."""
 
     do: ClassVar[str] = "retrieve"
@@ -178,7 +188,7 @@ class RetrieveSession(StepBase):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _EndStep(StepBase):
+class _EndStep(_AgentStep):
     """A step that ends the life of files in sessions."""
 
     @classmethod

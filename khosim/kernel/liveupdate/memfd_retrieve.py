@@ -89,8 +89,10 @@ def _add_batch(inode: ShmemInode, batch: list[RecordRun]) -> int:
     Every page is waiting to be restored, none is named twice, and the file has room for all.
     """
     kernel = inode.kernel
-    if kernel.pages.fail is not None or not kernel.release.memfd_accounts_pages:
+    if kernel.pages.fail is not None:
         return 0
+    if not kernel.release.memfd_accounts_pages and any(run.order for run in batch):
+        return 0  # what is accounted is then not what is added
     at = batch[0].pgoff
     for run in batch:
         if run.pgoff < at or run.pgoff & ((1 << run.order) - 1):
