@@ -74,9 +74,10 @@ def _load_module(path: str) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except InputError:
+    except InputError as error:
         del sys.modules[name]
-        raise
+        line = _line_in(error, file)
+        raise InputError(f"{path}: line {line}" if line else path, str(error)) from error
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         line = _line_in(error, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,99 @@ def test_what_it_handed_over_can_be_inspected(tmp_path, capsys):
     tree.write_bytes(bytes.fromhex(told["fdt"]))
     assert main(["inspect", str(tree), "--release", EXAMPLE]) == 2
     assert "--release: means nothing for a device tree" in capsys.readouterr().err
+
+
+# -- every command ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "told"),
+    [
+        ("run small --release {}", 0, "Linux 7.3-list (kho-list-v1)"),
+        ("explore --release {} --runs 2 pages", 0, "7.3-list"),
+        ("matrix --page-size 4K --only pages,oops --from {0},7.3 --to {0}", 0, "7.3-list"),
+        ("plan 4G --release {}", 0, "Linux 7.3-list"),
+    ],
+)
+def test_every_command_takes_the_file(call, status, told, monkeypatch, tmp_path, capsys):
+    """As docs/releases.md says, from another folder too."""
+    shutil.copy(EXAMPLE, tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    assert main(call.format("mine.py").split()) == status
+    assert told in capsys.readouterr().out
+
+
+def test_what_a_release_of_ones_own_hands_over_on_a_captured_machine(capsys):
+    """``conform``: the checkers read the list of the simulated predecessor, block by block."""
+    capture = str(ROOT / "tests" / "golden" / "captures" / "uma1g")
+    assert main(["conform", capture, "--json", "--release", EXAMPLE]) == 1
+    first, second, _ = json.loads(capsys.readouterr().out)["generations"].values()
+    assert first["predecessor: inspected"]["ok"] is True
+    assert first["predecessor: inspected"]["same"] > 5
+    assert first["predecessor: taken over"]["ok"] is True
+    assert second["successor: messages"]["ok"] is False  # it refuses what Linux 7.3 wrote
+
+
+@pytest.mark.parametrize("command", ["memblock", "replay", "lab", "bugs"])
+def test_commands_without_a_release_say_why(command, capsys):
+    """One line, and status 2; ``matrix`` says where it wants them."""
+    for option in (["--release", EXAMPLE], [f"--release={EXAMPLE}"]):
+        assert main([command, "x", *option]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("khosim: --release: ")
+        assert "unrecognized" not in told
+        assert told.count("\n") == 1
+    assert main(["matrix", "--release", EXAMPLE]) == 2
+    assert "--from and --to" in capsys.readouterr().err
+
+
+WRONG = {
+    "nowhere.py": (None, "there is no such file"),
+    "torn.py": ("RELEASE = (", "line 1: SyntaxError"),
+    "empty.py": ("", "the file defines no 'RELEASE'"),
+    "switch.py": (FIND + "RELEASE = find_release('7.3').evolve(page_magik=False)", "'page_magik'"),
+    "mine.py+page_magik=off": (FIND + "RELEASE = find_release('7.2')", "did you mean page_magic?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "call",
+    [
+        "run small --release {}",
+        "explore --release {} --runs 1",
+        "matrix --from {}",
+        "matrix --to 7.3,{}",
+        "matrix --program 7.3 {}",
+        "plan 4G --release {}",
+        "inspect x --release {}",
+        "conform {capture} --release {}",
+    ],
+)
+def test_every_command_says_what_is_wrong_with_a_file(call, name, monkeypatch, tmp_path, capsys):
+    """One line that names file and cause, status 2, and nothing else."""
+    text, cause = WRONG[name]
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(name.partition("+")[0]).write_text(text)
+    capture = ROOT / "tests" / "golden" / "captures" / "uma1g"
+    assert main(call.format(name, capture=capture).split()) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert name.partition("+")[0] in said.err
+    assert cause in said.err
+
+
+def test_a_file_under_the_name_of_linux_gets_one_of_its_own(tmp_path, capsys):
+    """A release of one's own that is still called 7.3 is not to be taken for 7.3."""
+    file = tmp_path / "mine.py"
+    file.write_text(FIND + "RELEASE = find_release('7.3').evolve(restore_order_cap=True)")
+    assert find_release(str(file)).name == "7.3-mine"
+    assert find_release(str(file)).restore_order_cap
+    assert main(["matrix", "--page-size", "4K", "--only", "pages", "--from", f"{file},7.3",
+                 "--to", f"{file},7.3"]) == 0  # fmt: skip
+    assert "from \\ to 7.3-mine  7.3\n" in capsys.readouterr().out
+    same = tmp_path / "same.py"
+    same.write_text(FIND + "RELEASE = find_release('7.3')")
+    assert find_release(str(same)) is RELEASES["7.3"]

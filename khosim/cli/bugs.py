@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from khosim.bugs.exhibit import Exhibit
     from khosim.bugs.stage import Stage
 
-__all__ = ("HELP", "configure", "run")
+__all__ = ("HELP", "NO_RELEASE", "configure", "run")
 
 HELP = (
     "Bugs of Linux's handover that were fixed, replayed. Without ID: the list. With ID: the story "
     "of one, with the fix off and on. Exit status: 0 all is shown as it should be; 1 an exhibit "
     "does not show what it claims; 2 wrong input."
 )
+NO_RELEASE = "an exhibit has the release that had the bug; 'khosim explore' searches one of yours"
 _WIDTH = 80
 
 

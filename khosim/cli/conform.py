@@ -28,14 +28,20 @@ _MARKS = {True: "ok", False: "DIFFERS", None: "?"}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("path", metavar="CAPTURE", help="a capture folder")
+    parser.add_argument(
+        "--release",
+        metavar="R",
+        help="khosim's kernel to hold against it, such as 7.3 or FILE.py (default: as captured)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare: 0 when nothing differs, 1 when something does; :class:`InputError` else."""
     from khosim.conform.conform import conform_capture
+    from khosim.kernel.release import option_release
 
-    report = conform_capture(args.path)
+    report = conform_capture(args.path, option_release(args.release))
     if args.json:
         print(json.dumps(report.as_json()))
     else:

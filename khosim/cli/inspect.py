@@ -16,7 +16,6 @@ from khosim.units import parse_size
 
 if TYPE_CHECKING:
     from khosim.inspect.source import Report
-    from khosim.kernel.behaviours import Release
 
 __all__ = ("HELP", "configure", "run")
 
@@ -59,13 +58,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tell what is there: 0, or 1 where something is torn; :class:`InputError` for bad input."""
     from khosim.inspect.source import Options, inspect_path
+    from khosim.kernel.release import option_release
 
     options = Options(
         fdt_phys=_address(args.fdt, "--fdt"),
         base_phys=_address(args.base, "--base") or 0,
         page_size=None if args.page_size is None else _page_size(args.page_size),
         content=not args.no_content,
-        release=_release(args.release),
+        release=option_release(args.release),
     )
     reports, are_named = inspect_path(args.path, options)
     if args.json:
@@ -112,17 +112,6 @@ def _address(text: str | None, option: str) -> int | None:
     if value >= _PHYS_MAX:
         raise InputError(option, f"{text} is no physical address")
     return value
-
-
-def _release(text: str | None) -> Release | None:
-    if text is None:
-        return None
-    from khosim.kernel.release import find_release
-
-    try:
-        return find_release(text)
-    except InputError as error:
-        raise InputError("--release", str(error)) from None
 
 
 def _page_size(text: str) -> int:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from khosim.lab.verdict import Item
 
-__all__ = ("HELP", "configure", "run")
+__all__ = ("HELP", "NO_RELEASE", "configure", "run")
 
 HELP = "boot a real kernel in QEMU, hand over, and leave a capture of what it did"
+NO_RELEASE = "a real kernel is booted, of its own release; 'khosim run' plays one of yours"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ import sys
 from importlib import import_module
 
 from khosim import __version__
-from khosim.errors import KhoSimError
+from khosim.errors import InputError, KhoSimError
 
 TYPE_CHECKING = False  # typing's own constant, without the cost of importing typing
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
         HELP: str
         """What the command does, for ``khosim COMMAND --help``."""
+
+        NO_RELEASE: str
+        """Why there is no ``--release``, where users would look for one; may be missing."""
 
         def configure(self, parser: argparse.ArgumentParser) -> None:
             """Add the command's arguments to ``parser``."""
@@ -107,6 +110,9 @@ def _run_command(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
         _top_parser().error(f"{name!r} is not a command{_suggestion(name)}")
     module: CommandModule = import_module(COMMANDS[name][0])
+    why = getattr(module, "NO_RELEASE", "")
+    if why and any(arg.partition("=")[0] == "--release" for arg in argv):
+        raise InputError("--release", why)
     parser = _Parser(prog=f"khosim {name}", description=module.HELP, allow_abbrev=False)
     module.configure(parser)
     return module.run(parser.parse_args(argv))

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
     from khosim.matrix.grid import Cell, Run
 
-__all__ = ("HELP", "configure", "run")
+__all__ = ("HELP", "NO_RELEASE", "configure", "run")
 
 HELP = (
     "Hand over between every pair of releases, and from each to the one before and back, and say "
     "what happens. Exit status: 0 whatever happens; 1 what was seen contradicts itself; 2 wrong "
     "input."
 )
+NO_RELEASE = "name releases after --from and --to, with commas, one of your own among them"
 _WIDTH = 80
 _LETTERS = {"right": "R", "refused": "c", "misread": "M", "panic": "P"}
 _LEGEND = {

@@ -22,9 +22,10 @@ from khosim.errors import InputError
 if TYPE_CHECKING:
     from khosim.kernel.memblock_vectors import Outcome
 
-__all__ = ("HELP", "configure", "run")
+__all__ = ("HELP", "NO_RELEASE", "configure", "run")
 
 HELP = "run sequences of memblock calls and show what they return and leave behind"
+NO_RELEASE = "memblock is the same in all releases; calls are made as the file says"
 
 _LINE_LIMIT_BYTES = 64 << 20
 _GZIP_MAGIC = b"\x1f\x8b"

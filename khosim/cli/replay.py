@@ -16,9 +16,10 @@ from khosim.cli.printable import printable
 if TYPE_CHECKING:
     from khosim.conform.replay import Replay
 
-__all__ = ("HELP", "configure", "run")
+__all__ = ("HELP", "NO_RELEASE", "configure", "run")
 
 HELP = "make a real kernel's boot-time memblock calls again and compare each address"
+NO_RELEASE = "the boot in the log is made again, of whatever release; 'khosim run' plays one of yours"
 
 _SHOWN = 200
 

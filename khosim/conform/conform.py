@@ -22,6 +22,7 @@ from khosim.conform.machine_items import files_item, machine_items
 from khosim.conform.successor_items import predecessor_items, successor_items
 from khosim.conform.told_twice import told_twice_items
 from khosim.kernel.arch import find_arch
+from khosim.kernel.release import Release
 
 __all__ = ("Report", "conform_capture")
 
@@ -55,8 +56,11 @@ class Report:
         }
 
 
-def conform_capture(path: str | Path) -> Report:
-    """Hold khosim against the capture at ``path``; :class:`InputError` where it is none."""
+def conform_capture(path: str | Path, release: Release | None = None) -> Report:
+    """Hold khosim against the capture at ``path``; :class:`InputError` where it is none.
+
+    ``release`` is that of the simulated kernels; None is what was captured.
+    """
     capture = Capture(path)
     arch = find_arch(capture.arch, capture.page_size)
     found: dict[str, list[Item]] = {}
@@ -74,9 +78,9 @@ def conform_capture(path: str | Path) -> Report:
         items += machine_items(capture, generation, replay, before)
         items += told_twice_items(capture, generation)
         if before is None:
-            items += predecessor_items(capture, generation)
+            items += predecessor_items(capture, generation, release)
         else:
-            items += successor_items(capture, before, generation)
+            items += successor_items(capture, before, generation, release)
         found[generation.name] = items
         is_told = before is None or before.generation is not generation
         areas = list(replay.scratch) if replay is not None and replay.scratch and is_told else None

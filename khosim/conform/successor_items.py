@@ -19,6 +19,7 @@ from typing import Any
 from khosim.abi.kexec_metadata import KHO_METADATA_NODE_NAME
 from khosim.capture.folder import Capture, CapturedGeneration
 from khosim.checks.decode_luo import Luo
+from khosim.checks.formats import format_of, preserve_bits_of
 from khosim.checks.preserved import expand
 from khosim.conform.held import Held
 from khosim.conform.items import Item, in_order, unknown
@@ -59,13 +60,18 @@ def release_of(capture: Capture, compatible: str | None) -> Release | None:
     return None if known is None else known.evolve(uname=capture.release)
 
 
-def successor_items(capture: Capture, before: Held, after: CapturedGeneration) -> Iterator[Item]:
-    """The items of the simulated kernel that takes ``before`` over, against the real ``after``."""
+def successor_items(
+    capture: Capture, before: Held, after: CapturedGeneration, wanted: Release | None = None
+) -> Iterator[Item]:
+    """The items of the simulated kernel that takes ``before`` over, against the real ``after``.
+
+    It is of the release ``wanted``; None is the captured one.
+    """
     handover = before.handover
     if handover is None:
         yield unknown(_NAME, f"the predecessor's pages: {before.why}")
         return
-    release = release_of(capture, handover.compatible)
+    release = wanted or release_of(capture, handover.compatible)
     if release is None:
         known = ", ".join(sorted({one.kho_compatible for one in RELEASES.values()}))
         yield unknown(_NAME, f"{handover.compatible}: khosim's kernels speak {known}")
@@ -304,10 +310,12 @@ def _folios(kernel: Kernel, before: Held) -> Item:
 # -- the other way round ------------------------------------------------------------------------
 
 
-def predecessor_items(capture: Capture, generation: CapturedGeneration) -> Iterator[Item]:
+def predecessor_items(
+    capture: Capture, generation: CapturedGeneration, wanted: Release | None = None
+) -> Iterator[Item]:
     """A simulated cold boot on the captured machine's map; what it hands over, inspected."""
     name = "predecessor"
-    release = release_of(capture, None) or RELEASES["7.3"]
+    release = wanted or release_of(capture, None) or RELEASES["7.3"]
     try:
         hardware = Hardware(capture.memory_map(), capture.page_size)
         sizes = read_sizes(generation, capture.arch) or Sizes()
@@ -325,7 +333,15 @@ def predecessor_items(capture: Capture, generation: CapturedGeneration) -> Itera
             yield unknown(name, f"KHO is off: {why[-1] if why else 'nobody turned it on'}")
             return
         folios, has_blob = _hand_over(kernel, image, sizes.initrd_bytes, cmdline)
-        memory = Memory("", "simulated", RamReader(hardware.ram), capture.page_size)
+        memory = Memory(
+            "",
+            "simulated",
+            RamReader(hardware.ram),
+            capture.page_size,
+            preserve_bits=preserve_bits_of(release, capture.page_size),
+            written=format_of(release),
+            compatible=release.kho_compatible.encode(),
+        )
         report = inspect_memory(memory, fdt_phys=kernel.kho_out.fdt_phys)
         successor = boot(hardware, 1)
     except InputError as error:

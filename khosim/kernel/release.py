@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from difflib import get_close_matches
+from pathlib import Path
 
 from khosim.errors import InputError
 from khosim.kernel.behaviours import Release
 from khosim.plugins import is_plugin, load_plugin
 
-__all__ = ("MAINLINE", "RELEASES", "Release", "find_release")
+__all__ = ("MAINLINE", "RELEASES", "Release", "find_release", "option_release")
 
 _V73 = Release(name="7.3", uname="7.3.4")
 
@@ -190,7 +191,8 @@ def find_release(release: str | Release) -> Release:
     """The release that ``release`` names; a :class:`Release` passes through.
 
     A name is one of :data:`RELEASES`, or a file that defines ``RELEASE``, or either with changes:
-    ``7.3+page_magic=off+bitmap_bytes=512``. Raises :class:`InputError` for any other.
+    ``7.3+page_magic=off+bitmap_bytes=512``. Raises :class:`InputError` for any other. What a file
+    defines under the name of one of Linux's gets the file's name too: ``7.3-mine``.
     """
     if isinstance(release, Release):
         return _with_plugins(release)
@@ -200,6 +202,17 @@ def find_release(release: str | Release) -> Release:
         values = dict(_change(release, found, text) for text in changes)
         found = found.evolve(**{"name": release, **values})
     return _with_plugins(found)
+
+
+def option_release(name: str | None) -> Release | None:
+    """What ``--release name`` asks for; None without it. What is wrong names the option."""
+    if name is None:
+        return None
+    try:
+        return find_release(name)
+    except InputError as error:
+        cause = error.cause if error.place == "release" else str(error)
+        raise InputError("--release", cause) from None
 
 
 def _with_plugins(release: Release) -> Release:
@@ -231,6 +244,8 @@ def _named(name: str) -> Release:
             _V73.evolve(**{field: getattr(found, field) for field in fields})
         except InputError as error:
             raise InputError(name, error.cause) from None
+        if found.name in RELEASES and found != RELEASES[found.name]:
+            return found.evolve(name=f"{found.name}-{Path(name).stem}")  # not to be taken for it
         return found
     known = RELEASES.get(name)
     if known is None:

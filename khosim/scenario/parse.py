@@ -17,7 +17,7 @@ from khosim.capture.folder import Capture
 from khosim.capture.iomem import parse_iomem
 from khosim.errors import InputError
 from khosim.kernel.arch import find_arch
-from khosim.kernel.release import Release, find_release
+from khosim.kernel.release import Release, find_release, option_release
 from khosim.machine.hardware import PAGE_SIZES
 from khosim.machine.memory_map import ARCHES, MemoryMap
 from khosim.scenario.fields import Table, did_you_mean
@@ -228,7 +228,7 @@ class _Reader:
             cmdline = self._capture_cmdline
         release = _release(table, "release", table.text("release", _DEFAULT_RELEASE))
         if self._wanted.release is not None:
-            release = _wanted_release(self._wanted.release)
+            release = option_release(self._wanted.release) or release
         spec = KernelSpec(
             release=release,
             cmdline=cmdline,
@@ -260,7 +260,7 @@ class _Reader:
         release = table.text("release", "")
         found = _release(table, "release", release) if release else None
         if self._wanted.release is not None:
-            found = _wanted_release(self._wanted.release)
+            found = option_release(self._wanted.release)
         crash = table.flag("crash")
         expect = table.text("expect", COLD if crash else ACCEPTED)
         check_expect(table, expect, OUTCOMES)
@@ -306,18 +306,8 @@ def _release(table: Table, what: str, name: str) -> Release:
     try:
         return find_release(name)
     except InputError as error:
-        raise table.error(f"{what}: {_why(error)}") from None
-
-
-def _wanted_release(name: str) -> Release:
-    try:
-        return find_release(name)
-    except InputError as error:
-        raise InputError("--release", _why(error)) from None
-
-
-def _why(error: InputError) -> str:
-    return error.cause if error.place == "release" else str(error)
+        why = error.cause if error.place == "release" else str(error)
+        raise table.error(f"{what}: {why}") from None
 
 
 def _hole(table: Table, what: str, hole: object) -> tuple[int, int]:
