@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ("HELP", "NO_RELEASE", "configure", "run")
 
 HELP = "make a real kernel's boot-time memblock calls again and compare each address"
-NO_RELEASE = "the boot in the log is made again, of whatever release; 'khosim run' plays one of yours"
+NO_RELEASE = "it makes the boot in the log again, of any release; 'khosim run' plays one of yours"
 
 _SHOWN = 200
 
