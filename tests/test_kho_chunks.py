@@ -238,6 +238,27 @@ def test_page_bitmaps_read_as_short_ones():
     assert list(reader.blocks()) == [(5 << 12, 0, 1), (4095 << 12, 0, 1)]
 
 
+@pytest.mark.parametrize("order", [0, 2, 9])
+@pytest.mark.parametrize("page_size", [4096, 16384, 65536])
+def test_a_bitmap_written_by_hand_is_read_as_far_as_the_release_goes(page_size, order):
+    """Up to 6.17 4096 bits, whatever the page; since 6.18 eight times the bytes of a page."""
+    arch = "x86_64" if page_size == 4096 else "arm64"
+    machine = Machine("512M", arch=arch, page_size=page_size, checks=False)
+    kernel = machine.boot("6.18", cmdline="kho=off")
+    folio = kernel.alloc_folio(1, zero=True)
+    window, bitmap = 3 << 40, folio.phys + page_size
+    header = (0).to_bytes(8, "little") + order.to_bytes(4, "little") + (1).to_bytes(4, "little")
+    folio.write(0, header + window.to_bytes(8, "little") + bitmap.to_bytes(8, "little"))
+    bits = (0, 9, 4095, 4096, 8 * page_size - 1)
+    for bit in bits:
+        folio.write(page_size + bit // 8, bytes([1 << bit % 8]))
+    block = page_size << order
+    for release, seen in (("6.16", bits[:3]), ("6.17.9", bits[:3]), ("6.18", bits), ("7.0", bits)):
+        reader = KhoChunks(kernel_like(kernel, release), folio.phys)
+        found = [(phys + i * block, o) for phys, o, n in reader.blocks() for i in range(n)]
+        assert found == [(window + bit * block, order) for bit in seen], release
+
+
 # -- whatever memory holds --------------------------------------------------------------------
 
 
