@@ -42,6 +42,7 @@ __all__ = ("COMMANDS", "main")
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "explore": ("khosim.cli.explore", "search for what breaks a release, and show it in a program"),
+    "explain": ("khosim.cli.explain", "tell the life of the page that a finding is about"),
     "run": ("khosim.cli.run", "hand over from kernel to kernel and check every invariant"),
     "memblock": ("khosim.cli.memblock", "run memblock call sequences from a file"),
     "replay": ("khosim.cli.replay", "make a real boot's memblock calls again and compare"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from khosim.errors import InputError
 from khosim.explore.hazards import fixed
 from khosim.explore.search import KINDS
-from khosim.explore.world import Problem, Step
+from khosim.explore.world import Problem, Step, World
 from khosim.kernel.behaviours import Release
 from khosim.kernel.release import find_release
 
@@ -87,11 +87,19 @@ def _decode_step(value: Any, release: str | Release, place: str) -> Step:
         raise InputError(place, f"{kind!r} is no kind of step")
     if not isinstance(rest, dict) or not set(rest) <= set(_REST):
         raise InputError(place, "it has options that no step has")
-    return Step(
-        kind,
-        tuple(release if arg == _RELEASE else _tuples(arg) for arg in args),
-        **{name: _tuples(option) for name, option in rest.items()},
-    )
+    told = tuple(release if arg == _RELEASE else _tuples(arg) for arg in args)
+    _look_at_words(kind, told, place)
+    return Step(kind, told, **{name: _tuples(option) for name, option in rest.items()})
+
+
+def _look_at_words(kind: str, args: tuple[Any, ...], place: str) -> None:
+    # Names and machines become part of a program's text, so that no others may come in.
+    if kind == "boot":
+        specs = {choice[0] for choice in KINDS["boot"].choices(World(KINDS))}
+        if len(args) < 2 or args[0] not in specs or not isinstance(args[1], str):
+            raise InputError(place, "it boots no machine that khosim explore has")
+    elif KINDS[kind].letter and not (args and isinstance(args[0], str) and args[0].isidentifier()):
+        raise InputError(place, "what it defines has no name")
 
 
 def _tuples(value: Any) -> Any:

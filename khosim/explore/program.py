@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from khosim.kernel.behaviours import Release
     from khosim.kernel.trace import Event
 
-__all__ = ("Told", "tell")
+__all__ = ("Told", "event_line", "tell")
 
 _KIT = ("Stage", "Token", "audit", "failing", "failing_boot", "ledger")
 _NOISE = ("kho_radix_alloc_node", "kho_preserved_memory_reserve", "kexec_add_buffer")
@@ -89,7 +89,7 @@ def _trace(events: list[Event], problem: Problem) -> list[str]:
     chosen = [event for event in told if wanted & _numbers(event)] if wanted else []
     if len(chosen) < 3:
         chosen = told
-    return [_line(event) for event in chosen[-_TRACE_LINES:]]
+    return [event_line(event) for event in chosen[-_TRACE_LINES:]]
 
 
 def _numbers(event: Event) -> set[int]:
@@ -99,13 +99,18 @@ def _numbers(event: Event) -> set[int]:
     return {value for value in found if value > 0xFF}
 
 
-def _line(event: Event) -> str:
-    def show(value: object) -> str:
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0xFFF:
-            return f"{value:#x}"
-        return str(value)
+def event_line(event: Event) -> str:
+    """An event in a line: generation, kernel function, arguments, result."""
 
     if event.symbol == "printk":
         return f"{event.generation} log: {event.args['message']}"
-    args = ", ".join(f"{name}={show(value)}" for name, value in event.args.items())
-    return f"{event.generation} {event.symbol}({args}) = {show(event.result)}"
+    args = ", ".join(f"{name}={_shown(value)}" for name, value in event.args.items())
+    return f"{event.generation} {event.symbol}({args}) = {_shown(event.result)}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0xFFF:
+        return f"{value:#x}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_shown, value))})"
+    return str(value)

@@ -162,6 +162,8 @@ def to_finding(line: Line, place: str) -> tuple[str | Release, list[Step], Probl
         raise InputError(place, "not a finding: it names no release")
     release = find_campaign_release(text)
     steps = decode_steps(line.get("steps"), release, place)
+    if steps[0].kind != "boot":
+        raise InputError(place, "its program does not begin with a boot")
     return release, steps, decode_problem(line.get("problem"), place)
 
 

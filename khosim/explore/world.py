@@ -21,6 +21,7 @@ from khosim.explore.limits import EVENTS_MAX, NoEnd
 from khosim.explore.oracles import is_warning
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import CodeType
 
     from khosim.explore.kinds import Kind
@@ -115,6 +116,8 @@ class World:
         self.is_over = False
         self.heard = 0
         """Events of this program's kernels; too many of them are no end."""
+        self.watch: Callable[[Event], None] = lambda event: None
+        """Called with each of them."""
 
     def close(self) -> None:
         """Free the machine at once; nothing of this program can be asked afterwards."""
@@ -265,6 +268,7 @@ class World:
         self.heard += 1
         if self.heard > EVENTS_MAX:
             raise NoEnd(f"more than {EVENTS_MAX} events")
+        self.watch(event)
         if self.listens and not event.symbol.startswith(("memblock", "__memblock")):
             self.events.append(event)
 
