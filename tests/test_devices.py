@@ -202,7 +202,7 @@ def test_an_image_holds_the_devices(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "blob", [b"", b"{}", b"[[],[],[]]", b'[[["Disk",{}]],[],[]]', b"[[[]],[],[]]", b"[" * 5000]
+    "blob", [b"", b"{}", b"[[],[]]", b'[[["Disk",{}]],[]]', b"[[[]],[]]", b"[" * 5000]
 )
 def test_a_damaged_image(tmp_path, blob) -> None:
     """One line, whatever stands in the blob."""

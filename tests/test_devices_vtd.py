@@ -687,3 +687,15 @@ def test_a_card_that_cannot_read_its_ring_hangs() -> None:
     assert nic.engine.busy
     rig.devices.tick()
     assert rig.devices.mmio_read(bar + 0x2810) == 1
+
+
+def test_an_empty_frame_is_sent_without_its_data() -> None:
+    """A transmit descriptor of length 0: the card reads it, and nothing else."""
+    rig = Rig()
+    bar = rig.devices.pci.named(NIC).bars[0][0]
+    rig.ram.write(0x5000, struct.pack("<QQ", 0x6000, 0), BY)
+    for register, value in ((0x3800, 0x5000), (0x3808, 64), (0x3818, 1), (0x400, 2)):
+        rig.devices.mmio_write(bar + register, value)
+    rig.devices.tick()
+    dmas = [event.detail["dma"] for event in rig.devices.events if event.kind == "dma"]
+    assert [(dma.iova, dma.len_bytes) for dma in dmas] == [(0x5000, 16)]

@@ -258,7 +258,7 @@ class Devices:
             [type(part).__name__, {name: getattr(part, name) for name in part.__slots__}]
             for part in self.parts
         ]
-        return json.dumps([parts, self._power_on, self.state()], default=_encode).encode()
+        return json.dumps([parts, self.state()], default=_encode).encode()
 
     @classmethod
     def from_blob(
@@ -270,10 +270,8 @@ class Devices:
     ) -> Devices:
         """The devices that :meth:`to_blob` wrote; raises :class:`InputError` for nonsense."""
         try:
-            parts, power_on, state = json.loads(blob, object_hook=_decode)
+            parts, state = json.loads(blob, object_hook=_decode)
             devices = cls([_part(*part) for part in parts], ram, is_ram, ram_ranges)
-            devices._restore(power_on)
-            devices._power_on = power_on
             devices._restore(state)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError("devices", f"their state is damaged: {error!r}") from None
