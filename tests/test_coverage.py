@@ -8,8 +8,10 @@ import sys
 import pytest
 
 from khosim import InputError, Machine
+from khosim.cli.main import main
 from khosim.explore.coverage import Account, Reached, watching
 from khosim.explore.kernel_source import Module, Site, modules, package_path
+from khosim.explore.work import Spec, Task, do
 from khosim.kernel.trace import Event
 
 
@@ -179,3 +181,35 @@ def test_a_site_says_where_it_is() -> None:
     for site in module.sites:
         homes = [f for f in module.functions if site.where in (f.symbol, f.name)]
         assert any(site.lines.start in f.lines for f in homes)
+
+
+def test_pieces_of_a_search_make_the_whole() -> None:
+    """Runs reach the same in pieces as in a row, and after whatever else ran in the process."""
+    spec = Spec("memfd", "7.3", "5", watches=True)
+    whole = do(spec, Task("runs", (0, 6, ()))).covered
+    last = do(spec, Task("runs", (3, 3, ()))).covered
+    first = do(spec, Task("runs", (0, 3, ()))).covered
+    assert first | last == whole
+    assert whole not in (first, last)
+    assert do(spec._replace(watches=False), Task("runs", (0, 1, ()))).covered == Reached()
+
+
+@pytest.mark.slow  # every module of the kernel is gone through
+def test_explore_tells_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """``khosim explore --coverage`` ends with the table, ``--json`` has it under a key."""
+    arguments = ["explore", "pages", "--runs", "2", "--fixed", "--coverage"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)["coverage"]
+    total = data["total"]
+    line = next(line for line in told.splitlines() if line.startswith("all "))
+    assert line.split()[1] == f"{total['symbols_reached']}/{total['symbols']}"
+    assert line.split()[2] == f"{total['branches_reached']}/{total['branches']}"
+    assert set(data["said"]) == {"refusal", "panic", "warning", "log"}
+
+
+def test_not_with_every_program(capsys: pytest.CaptureFixture[str]) -> None:
+    """An exhaustive search is not watched, and says so."""
+    assert main(["explore", "pages", "--exhaustive", "1", "--coverage"]) == 2
+    assert "--coverage: not together with --exhaustive" in capsys.readouterr().err

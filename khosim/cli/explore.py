@@ -54,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--exhaustive", metavar="DEPTH", help="every program of that many steps, not random ones")
     add("--jobs", metavar="N", default="1", help="how many processes do the work (default 1)")
     add("--corpus", metavar="DIR", type=Path, help="keep findings there, and go on from there")
+    add("--coverage", action="store_true", help="tell what of the kernel was reached (slower)")
     add("--json", action="store_true", help="one JSON object instead of the account")
 
 
@@ -81,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     jobs = _number("--jobs", args.jobs, 1, _JOBS_MAX)
     find_release(args.release)
     release = fixed(args.release) if args.fixed else args.release
-    spec = Spec(args.scenario, release, str(seed))
+    if args.coverage and depth is not None:
+        raise InputError("--coverage", "not together with --exhaustive")
+    spec = Spec(args.scenario, release, str(seed), args.coverage)
     with ExitStack() as stack:
         corpus = None
         if args.corpus is not None:
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             campaign.exhaust(depth)
         else:
             campaign.run(runs=runs, seconds=seconds)
-    return _tell(campaign, as_json=args.json)
+    return _tell(campaign, as_json=args.json, covers=args.coverage)
 
 
 def _crew(spec: Spec, jobs: int, bar: Bar) -> Crew:
@@ -142,8 +145,11 @@ def _stopping() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _tell(campaign: Campaign, *, as_json: bool) -> int:
+def _tell(campaign: Campaign, *, as_json: bool, covers: bool) -> int:
+    from khosim.explore.coverage import Account
+
     result = campaign.as_json()
+    account = Account(campaign.covered) if covers else None
     if campaign.is_interrupted:
         waits = campaign.keeper.waits
         more = f"; {waits} suspects were not looked into" if waits else ""
@@ -151,9 +157,12 @@ def _tell(campaign: Campaign, *, as_json: bool) -> int:
         said = f"khosim explore: interrupted after {campaign.explored} programs{more}{again}"
         print(said, file=sys.stderr)
     if as_json:
-        print(json.dumps(result, indent=1))
+        told = {} if account is None else {"coverage": account.as_json()}
+        print(json.dumps(result | told, indent=1))
     else:
         print(printable(_text(result)), end="")
+        if account is not None:
+            print("", *map(printable, account.lines()), sep="\n")
     if campaign.is_interrupted:
         return _EXIT_INTERRUPTED
     return 1 if result["findings"] else 0

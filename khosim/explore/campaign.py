@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from khosim.errors import InputError
 from khosim.explore import record
+from khosim.explore.coverage import Reached
 from khosim.explore.crew import Inline
 from khosim.explore.exhaust import Exhausted, Frontier
 from khosim.explore.keeper import Asked, Keeper, tags, together
@@ -62,6 +63,8 @@ class Campaign:
         self.lost: list[int] = []
         """Runs that ended every worker that tried."""
         self.reached: set[str] = set()
+        self.covered = Reached()
+        """What the runs reached of the kernel; those that a corpus told of were not watched."""
         self.keeper = Keeper(release)
         self._chunks: dict[int, tuple[int, Runs]] = {}
         self._next = 0
@@ -137,6 +140,7 @@ class Campaign:
         self.explored += count - len(result.lost)
         self.lost += result.lost
         self.reached |= result.reached
+        self.covered |= result.covered
         for suspect in result.suspects:
             self.keeper.take(suspect)
 

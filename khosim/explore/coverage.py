@@ -11,10 +11,12 @@ Nothing is slower while nobody watches; watched, a search takes about twice as l
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from khosim.errors import InputError
@@ -73,6 +75,15 @@ def _meter() -> coverage.Coverage:
     return coverage.Coverage(data_file=None, config_file=False, branch=True, include=include)
 
 
+def _forget() -> None:
+    # What was reached must not depend on what ran before: caches would hide it.
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("khosim.abi", "khosim.kernel")):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
 @contextmanager
 def watching(*, on: bool = True) -> Iterator[Watch]:
     """Within, note what of the kernel is reached; with ``on`` False nothing is done at all.
@@ -84,18 +95,20 @@ def watching(*, on: bool = True) -> Iterator[Watch]:
         yield watch
         return
     meter = _meter()
+    _forget()
     meter.start()
     try:
         yield watch
     finally:
         meter.stop()
-        data, root = meter.get_data(), package_path()
-        arcs = {
-            path: frozenset(found)
-            for path in sorted(module.path for module in modules())
-            if (found := data.arcs(str(root / path)))
-        }
-        watch.reached = Reached(arcs)
+        data = meter.get_data()
+        watch.reached = Reached(
+            {
+                Path(file).relative_to(package_path()).as_posix(): frozenset(arcs)
+                for file in sorted(data.measured_files())
+                if (arcs := data.arcs(file))
+            }
+        )
 
 
 # -- held against what there is ------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from khosim.explore.coverage import Reached, watching
 from khosim.explore.exhaust import expand, keep_of, kinds_of
 from khosim.explore.hazards import SWITCHES
 from khosim.explore.limits import BY_THE_CLOCK, alarm
@@ -33,6 +34,8 @@ class Spec(NamedTuple):
     scenario: str
     release: str | Release
     seed: str
+    watches: bool = False
+    """Note what of the kernel the runs reach."""
 
 
 class Suspect(NamedTuple):
@@ -44,11 +47,16 @@ class Suspect(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """What some runs in a row came to. ``lost`` are numbers of runs that no worker survived."""
+    """What some runs in a row came to.
+
+    ``lost`` are numbers of runs that no worker survived, ``covered`` is what they reached of the
+    kernel, where somebody watched.
+    """
 
     suspects: list[Suspect]
     reached: set[str]
     lost: tuple[int, ...] = ()
+    covered: Reached = Reached()
 
 
 class Task(NamedTuple):
@@ -124,7 +132,9 @@ def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
     """Carry a piece of work out."""
     if task.name == "runs":
         first, count, skip = task.args
-        return run_unit(spec.seed, spec.scenario, spec.release, first, count, skip, tick)
+        with watching(on=spec.watches) as watch:
+            runs = run_unit(spec.seed, spec.scenario, spec.release, first, count, skip, tick)
+        return runs._replace(covered=watch.reached)
     if task.name == "shrink":
         steps, cause = task.args
         shrunk = shrink(list(steps), cause, spec.release, tick=tick)
