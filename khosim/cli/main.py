@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "explore": ("khosim.cli.explore", "search for what breaks a release, and show it in a program"),
     "explain": ("khosim.cli.explain", "tell the life of the page that a finding is about"),
     "run": ("khosim.cli.run", "hand over from kernel to kernel and check every invariant"),
+    "view": ("khosim.cli.view", "see memory at each moment of a handover"),
     "memblock": ("khosim.cli.memblock", "run memblock call sequences from a file"),
     "replay": ("khosim.cli.replay", "make a real boot's memblock calls again and compare"),
     "plan": ("khosim.cli.plan", "predict scratch areas, their cost and what drives it"),

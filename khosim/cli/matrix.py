@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--page-size", metavar="SIZE", help="4K (x86-64) or 16K (arm64) only")
     add("--only", metavar="NAME,...", help="what is in play, such as pages (default: everything)")
     add("--json", action="store_true", help="one JSON object, with a row for each cell")
+    add("--out", metavar="FILE", help="a picture of one page size too, .svg or .png")
     add(
         "--program",
         nargs="+",
@@ -63,16 +64,23 @@ def run(args: argparse.Namespace) -> int:
 
     page_sizes = PAGE_SIZES if args.page_size is None else (_page_size(args.page_size),)
     if args.program is not None:
-        if args.json or args.old is not None or args.new is not None:
-            raise InputError("--program", "it takes releases itself, and no --json, --from or --to")
+        if args.json or args.out or args.old is not None or args.new is not None:
+            cause = "it takes releases itself, and no --json, --out, --from or --to"
+            raise InputError("--program", cause)
         finalize = not args.unfinalized
         return _print_program(args.program, page_sizes[0], _things(args.only), finalize=finalize)
     if args.unfinalized:
         raise InputError("--unfinalized", "it goes with --program only")
+    if args.out is not None:
+        from khosim.view.pictures import check_name
+
+        check_name(args.out)
     old = _releases("--from", args.old) or MAINLINE
     new = _releases("--to", args.new) or MAINLINE
     wanted = list(cells(old, new, page_sizes=page_sizes, only=_things(args.only)))
     runs = play_all(wanted, _Progress(len(wanted)))
+    if args.out is not None:
+        _draw(args.out, runs, page_sizes[0])
     if args.json:
         print(json.dumps(_as_json(runs), indent=1))
     else:
@@ -233,3 +241,17 @@ def _filled(text: str, later: int) -> str:
     return textwrap.fill(
         text, _WIDTH, subsequent_indent=" " * later, break_long_words=False, break_on_hyphens=False
     )
+
+
+def _draw(path: str, runs: Sequence[Run], page_size: int) -> None:
+    from khosim.view.pictures import matrix_picture, save_picture
+
+    outcomes: dict[tuple[str, ...], str] = {
+        run.cell.releases: run.outcome
+        for run in runs
+        if len(run.cell.releases) == 2
+        and run.cell.page_size == page_size
+        and run.cell.finalized is not False
+    }
+    title = f"what becomes of a handover, {page_size >> 10} KiB pages"
+    save_picture(matrix_picture(outcomes, title=title), path)
