@@ -34,6 +34,8 @@ clean:; rm -rf .venv
 	@$(GET) -e '.[test]' && touch $@
 .venv/.lint: .venv/.ready
 	@$(GET) -e '.[lint]' && touch $@
+.venv/.browser: .venv/.ready
+	@$(GET) -e '.[browser]' && touch $@
 # The real libfdt, which FDT code is compared with, is compiled; without it those tests skip.
 .venv/.oracle: .venv/.ready
 	@$(if $(call HAVE,cc --version),$(GET) -e '.[oracle]',false) >.venv/oracle.log 2>&1 || \

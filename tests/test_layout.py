@@ -15,13 +15,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "khosim"
 
-BASE = {"errors", "units", "plugins"}
+BASE = {"errors", "units", "plugins", "printable"}
 """What every layer may use."""
 
 MAY_USE: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
     "plugins": {"errors"},
+    "printable": set(),
     "machine": BASE,
     "abi": BASE,
     "kernel": BASE | {"machine", "abi"},
@@ -39,7 +40,8 @@ MAY_USE: dict[str, set[str]] = {
     "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "view": BASE
-    | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "matrix"},
+    | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "matrix", "bugs"}
+    | {"__init__"},
     "cli": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore", "testing", "view"}
     | {"inspect", "conform", "plan", "lab", "scenario", "bugs", "matrix", "__init__"},

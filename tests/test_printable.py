@@ -13,7 +13,7 @@ import pytest
 from khosim import Machine
 from khosim.abi import fdt
 from khosim.cli.main import main
-from khosim.cli.printable import printable
+from khosim.printable import printable
 
 GOLDEN = Path(__file__).parent / "golden" / "captures"
 HOSTILE = b"\x1b[2J\x1b]0;x\x07\x9b1m"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from khosim.cli.printable import printable
 from khosim.errors import InputError
+from khosim.printable import printable
 
 __all__ = ("HELP", "configure", "run")
 

@@ -16,8 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from khosim.cli.printable import printable
 from khosim.errors import InputError
+from khosim.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,8 +10,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from khosim.cli.printable import printable
 from khosim.errors import InputError
+from khosim.printable import printable
 from khosim.units import parse_size
 
 if TYPE_CHECKING:

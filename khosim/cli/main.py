@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "explain": ("khosim.cli.explain", "tell the life of the page that a finding is about"),
     "run": ("khosim.cli.run", "hand over from kernel to kernel and check every invariant"),
     "view": ("khosim.cli.view", "see memory at each moment of a handover"),
+    "report": ("khosim.cli.report", "write a whole handover as one page of HTML"),
     "memblock": ("khosim.cli.memblock", "run memblock call sequences from a file"),
     "replay": ("khosim.cli.replay", "make a real boot's memblock calls again and compare"),
     "plan": ("khosim.cli.plan", "predict scratch areas, their cost and what drives it"),
@@ -144,7 +145,7 @@ def _suggestion(name: str) -> str:
 
 
 def _complain(message: str) -> int:
-    from khosim.cli.printable import printable
+    from khosim.printable import printable
 
     print(f"khosim: {printable(_one_line(message))}", file=sys.stderr)
     return EXIT_USAGE

@@ -11,8 +11,8 @@ import json
 import textwrap
 from typing import TYPE_CHECKING
 
-from khosim.cli.printable import printable
 from khosim.errors import InputError
+from khosim.printable import printable
 from khosim.units import format_size, parse_size
 
 if TYPE_CHECKING:

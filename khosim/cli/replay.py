@@ -11,7 +11,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from khosim.cli.printable import printable
+from khosim.printable import printable
 
 if TYPE_CHECKING:
     from khosim.conform.replay import Replay

@@ -11,8 +11,8 @@ import json
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from khosim.cli.printable import printable
 from khosim.errors import InputError
+from khosim.printable import printable
 
 if TYPE_CHECKING:
     from khosim.scenario.parse import Overrides

@@ -8,11 +8,13 @@ after each of its steps. Everything that khosim draws is drawn from a recording.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from khosim.checks.look import BOOTED, JUMP, RETRIEVED, TAKEOVER
 from khosim.scenario.play import Player
+from khosim.view.evidence import Evidence, take_evidence
 from khosim.view.moment import Moment, take_moment
+from khosim.view.trees import handover_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,12 +49,16 @@ class Recording:
     """What a machine and its kernels did, from the time it was made on.
 
     ``events`` are all events in order; ``moments`` are in order too, and each knows how many events
-    there had been. ``violations`` are filled by :meth:`finish`.
+    there had been. ``violations`` are filled by :meth:`finish`. With ``in_depth``, ``evidence`` and
+    ``trees`` hold for each moment what its ranges held and what its handover says, else nothing.
     """
 
-    def __init__(self, machine: Machine, title: str = "") -> None:
+    def __init__(self, machine: Machine, title: str = "", *, in_depth: bool = False) -> None:
         self.machine = machine
         self.title = title
+        self.in_depth = in_depth
+        self.evidence: list[dict[str, Evidence]] = []
+        self.trees: list[dict[str, Any]] = []
         self.events: list[Event] = []
         self.moments: list[Moment] = []
         self.violations: list[Violation] = []
@@ -112,13 +118,17 @@ class Recording:
             event=len(self.events),
         )
         self.moments.append(moment)
+        if self.in_depth:
+            hardware, handover = self.machine.hardware, moment.handover
+            self.evidence.append(take_evidence(hardware, moment))
+            self.trees.append({} if handover is None else handover_tree(hardware, handover))
         return moment
 
 
 @contextmanager
-def recording(machine: Machine, title: str = "") -> Iterator[Recording]:
+def recording(machine: Machine, title: str = "", *, in_depth: bool = False) -> Iterator[Recording]:
     """Record what a ``with`` block does with ``machine``, and ask the invariants at its end."""
-    story = Recording(machine, title)
+    story = Recording(machine, title, in_depth=in_depth)
     try:
         yield story
     finally:
@@ -126,10 +136,11 @@ def recording(machine: Machine, title: str = "") -> Iterator[Recording]:
     story.finish()
 
 
-def record(scenario: Scenario) -> tuple[Recording, Result]:
+def record(scenario: Scenario, *, in_depth: bool = False) -> tuple[Recording, Result]:
     """Play a scenario and record it, with a moment after each step."""
     player = Player(scenario, after_step=lambda step: story.mark(f"{step.do} {step.name}".strip()))
-    story = Recording(player.machine, f"{scenario.name}: {scenario.about}")
+    title = f"{scenario.name}: {scenario.about}"
+    story = Recording(player.machine, title, in_depth=in_depth)
     for _ in player.generations():
         pass
     story.finish()

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from khosim.cli.printable import printable
+from khosim.printable import printable
 from khosim.scenario.fields import size_text
 from khosim.view.cells import RANK, SIGNS, bars, shown_in_cells
 from khosim.view.changes import changes
