@@ -17,7 +17,7 @@ GET_pip = $(PYTHON) -m pip --python $(BIN)/python install -q --disable-pip-versi
 GET_venv = $(BIN)/python -m pip install -q --disable-pip-version-check
 GET = $(GET_$(TOOL)) -c constraints.txt
 
-.PHONY: run test bench lint clean
+.PHONY: run test bench lint docs clean
 run: .venv/.ready; @$(BIN)/khosim run $(ARGS)
 # The whole suite is shared out to the cores; a part that ARGS picks starts sooner in one process.
 SHARED = $(if $(ARGS),,-n auto --maxprocesses 8 --dist worksteal)
@@ -26,7 +26,8 @@ bench: .venv/.ready; @$(BIN)/python -m benchmarks $(ARGS)
 lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-clean:; rm -rf .venv
+docs: .venv/.docs; @$(BIN)/zensical build --strict
+clean:; rm -rf .venv site
 
 # Each stamp is written last: a folder without .ready is half made, and is made anew.
 .venv/.ready: pyproject.toml constraints.txt
@@ -34,6 +35,8 @@ clean:; rm -rf .venv
 	@$(GET) -e '.[test]' && touch $@
 .venv/.lint: .venv/.ready
 	@$(GET) -e '.[lint]' && touch $@
+.venv/.docs: .venv/.ready
+	@$(GET) -e '.[docs]' && touch $@
 .venv/.browser: .venv/.ready
 	@$(GET) -e '.[browser]' && touch $@
 # The real libfdt, which FDT code is compared with, is compiled; without it those tests skip.
