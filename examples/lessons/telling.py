@@ -1,0 +1,37 @@
+"""How the lessons speak: lines of 78 characters, and what khosim's invariants say."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from khosim import Machine
+
+__all__ = ("ask", "say", "title")
+
+
+def title(text: str) -> None:
+    """A heading."""
+    print(f"\n{text}\n{'-' * len(text)}")
+
+
+def say(text: str) -> None:
+    """A few sentences."""
+    print(textwrap.fill(text, 78, break_long_words=False, break_on_hyphens=False))
+
+
+def ask(machine: Machine, most: int = 2) -> None:
+    """Ask every invariant; of each that speaks, print the first ``most`` things it says."""
+    said: Counter[str] = Counter()
+    for violation in machine.check():
+        said[violation.invariant] += 1
+        if said[violation.invariant] <= most:
+            text = f"! {violation}"
+            print(textwrap.fill(text, 78, subsequent_indent="  ", break_on_hyphens=False))
+    for invariant, count in said.items():
+        if count > most:
+            print(f"! {invariant} says {count - most} more things of that kind")
+    if not said:
+        print("(no invariant speaks)")
