@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from khosim import Machine
+from khosim import Machine
+from khosim.explore.kit import Stage, audit
 
 __all__ = ("ask", "say", "title")
 
@@ -23,9 +22,12 @@ def say(text: str) -> None:
 
 
 def ask(machine: Machine, most: int = 2) -> None:
-    """Ask every invariant; of each that speaks, print the first ``most`` things it says."""
+    """Ask every invariant; of each that speaks, print the first ``most`` things it says.
+
+    A ``Stage`` is asked also for what ``khosim explore`` wants to be true.
+    """
     said: Counter[str] = Counter()
-    for violation in machine.check():
+    for violation in audit(machine) if isinstance(machine, Stage) else machine.check():
         said[violation.invariant] += 1
         if said[violation.invariant] <= most:
             text = f"! {violation}"
