@@ -30,9 +30,7 @@ notebooks = _converter()
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
-def test_a_lesson_prints_its_golden_output(
-    lesson: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lesson_prints_its_golden_output(lesson: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cells, run in order, print the .out file; the .ipynb has these cells and this output."""
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.chdir(FOLDER)  # as a notebook is run

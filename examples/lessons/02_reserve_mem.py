@@ -28,19 +28,18 @@ def region(kernel):
 # ## Without KHO
 #
 # The kernel reserves the region early in its boot, near the end of memory, as far up as there is
-# room. The next kernel does the same. Only that it is a newer one, with a larger initrd (the
-# archive with the first programs), and that lies up there too.
+# room. The next kernel does the same: it is the same kernel, with the same command line.
 
 # %%
 title("Without KHO")
 machine = Machine("64M")
 ram = machine.hardware.ram
-kernel = machine.boot(cmdline="reserve_mem=64K:4096:oops", initrd="1M")
+kernel = machine.boot(cmdline="reserve_mem=64K:4096:oops")
 old, _ = region(kernel)
 ram.write(old, LAST_WORDS, kernel.by("pstore"))
 say(f"Generation 0 puts oops at {old:#x} and writes its last words there.")
 
-successor = kernel.kexec(initrd="2M")
+successor = kernel.kexec()
 new, _ = region(successor)
 say(f"Generation 1 puts oops at {new:#x}, and finds {ram.read(new, 8)!r}.")
 writer = ram.last_writer(old)
@@ -50,9 +49,11 @@ say(f"It was written last by {writer.symbol}, in generation {writer.generation}.
 ask(machine)
 
 # %% [markdown]
-# Two things went wrong. The region is somewhere else. And its old place was written over:
-# `relocate_kernel` is the last thing an old kernel does, it copies the new kernel and the initrd to
-# where they shall be. Nobody had told it that this memory matters.
+# Two things went wrong. The region is somewhere else: a boot loader had put the initrd (the
+# archive with the first programs) at the end of memory, kexec puts it elsewhere, and so the end of
+# memory is free this time. And the old place was written over: `relocate_kernel` is the last thing
+# that an old kernel does, it copies the new kernel to where it shall be. Nobody had told it that
+# this memory matters.
 #
 # No invariant speaks, again: without KHO nothing was promised.
 #
@@ -62,12 +63,12 @@ ask(machine)
 title("With KHO")
 machine = Machine("64M")
 ram = machine.hardware.ram
-kernel = machine.boot(cmdline="kho=on reserve_mem=64K:4096:oops", initrd="1M")
+kernel = machine.boot(cmdline="kho=on reserve_mem=64K:4096:oops")
 old, size = region(kernel)
 ram.write(old, LAST_WORDS, kernel.by("pstore"))
 say(f"Generation 0 puts oops at {old:#x} and writes its last words there.")
 
-successor = kernel.kexec(initrd="2M")
+successor = kernel.kexec()
 say(f"Generation 1 says: {next(line for line in successor.messages if 'oops' in line)}")
 new, _ = region(successor)
 say(f"It has oops at {new:#x}, and finds {ram.read(new, len(LAST_WORDS))!r}.")
