@@ -286,6 +286,11 @@ class KhoChunks(BlockTracker):
             chunk = self.kernel.ram.read_u64(chunk)
         return list(found)
 
+    @property
+    def nr_bitmaps(self) -> int:
+        """How many bitmaps there are."""
+        return sum(map(len, self._bitmaps.values()))
+
     def marked(self) -> Iterator[tuple[int, int, int]]:
         """The blocks whose bits are set now, in the order in which they would be listed."""
         shift = self.kernel.arch.page_shift

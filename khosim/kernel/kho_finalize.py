@@ -79,9 +79,10 @@ def _chunks(kernel: Kernel) -> KhoChunks:
 
 def _finalize(kernel: Kernel) -> int:
     # kho_finalize
+    tree = _chunks(kernel)
     error = _write_root(kernel)
     if kernel.trace is not None:
-        kernel.emit("kho_finalize", {}, error)
+        kernel.emit("kho_finalize", {"nr_bitmaps": tree.nr_bitmaps}, error)
     if error:
         kernel.printk(f"KHO: Failed to convert KHO state tree: {error}")
         _abort(kernel)
@@ -169,6 +170,6 @@ def kho_finalize(kernel: Kernel) -> int:
         tree.root = first_chunk
         out.finalized = True
     if kernel.trace is not None:
-        kernel.emit("kho_finalize", {}, error)
+        kernel.emit("kho_finalize", {"nr_bitmaps": tree.nr_bitmaps}, error)
     return error
 

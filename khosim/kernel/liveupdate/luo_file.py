@@ -123,7 +123,10 @@ class LuoFileSet:
             raise
         finally:
             if kernel.trace is not None:
-                kernel.emit("luo_preserve_file", {"token": token}, error)
+                args: dict[str, Any] = {"token": token}
+                if self.files and not error:
+                    args["compatible"] = self.files[-1].handler.compatible
+                kernel.emit("luo_preserve_file", args, error)
 
     def _preserve(self, token: int, file: File | None) -> None:
         symbol = "luo_preserve_file"
@@ -235,7 +238,8 @@ class LuoFileSet:
             ser = LuoFileSer(handler.compatible, luo_file.serialized_data, luo_file.token)
             kernel.ram.write(entry, pack_luo_file_ser(ser), by)
         if kernel.trace is not None:
-            kernel.emit("luo_file_freeze", {"count": self.count}, 0)
+            compatible = [luo_file.handler.compatible for luo_file in self.files]
+            kernel.emit("luo_file_freeze", {"count": self.count, "compatible": compatible}, 0)
         return LuoFileSetSer(self.block_set.head_pa, self.count)
 
     def unfreeze(self) -> bool:
@@ -356,7 +360,7 @@ class LuoFileSet:
             luo.kernel.warn(f"WARNING: {symbol}: {refused}")
         luo_file.retrieve_status = 1
         if luo.kernel.trace is not None:
-            luo.kernel.emit(symbol, {"token": token}, 0)
+            luo.kernel.emit(symbol, {"token": token, "compatible": handler.compatible}, 0)
         if luo.kernel.host is not None:
             luo.kernel.host.checkpoint(luo.kernel, "retrieved")
         return file
