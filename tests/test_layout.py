@@ -36,6 +36,7 @@ MAY_USE: dict[str, set[str]] = {
     "scenario": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "matrix": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "__init__"},
+    "blackout": BASE | {"kernel", "scenario"},
     "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
@@ -44,7 +45,7 @@ MAY_USE: dict[str, set[str]] = {
     | {"__init__"},
     "cli": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore", "testing", "view"}
-    | {"inspect", "conform", "plan", "lab", "scenario", "bugs", "matrix", "__init__"},
+    | {"inspect", "conform", "plan", "lab", "scenario", "blackout", "bugs", "matrix", "__init__"},
     "__main__": {"cli"},
     "__init__": {"errors", "simulator"},
 }

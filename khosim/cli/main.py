@@ -49,6 +49,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "memblock": ("khosim.cli.memblock", "run memblock call sequences from a file"),
     "replay": ("khosim.cli.replay", "make a real boot's memblock calls again and compare"),
     "plan": ("khosim.cli.plan", "predict scratch areas, their cost and what drives it"),
+    "blackout": ("khosim.cli.blackout", "estimate how long guests stand still in a live update"),
     "inspect": ("khosim.cli.inspect", "decode a real handover and say what is torn"),
     "matrix": ("khosim.cli.matrix", "hand over between every pair of releases"),
     "bugs": ("khosim.cli.bugs", "the museum: bugs that were fixed, replayed"),

@@ -15,6 +15,8 @@ from khosim.errors import InputError
 from khosim.printable import printable
 
 if TYPE_CHECKING:
+    from khosim.blackout.estimate import Estimate
+    from khosim.blackout.tally import Tally
     from khosim.scenario.parse import Overrides
     from khosim.scenario.play import Player
 
@@ -61,31 +63,44 @@ def run(args: argparse.Namespace) -> int:
         print(builtin_text(args.scenario or DEFAULT), end="")
         return 0
     scenario = load_scenario(args.scenario or DEFAULT, overrides=_overrides(args))
+    from khosim.blackout.tally import Tally
     from khosim.cli.trace_file import TraceFile
     from khosim.scenario.play import Player
 
     with ExitStack() as stack:
         listener = stack.enter_context(TraceFile(args.trace)) if args.trace else None
         player = Player(scenario, listener=listener)
+        tally = Tally(scenario.page_size)
+        player.machine.listen(tally)
         if args.json:
             for _ in player.generations():
                 pass
         else:
-            _tell(player)
+            _tell(player, tally)
     if args.json:
-        print(json.dumps(player.result.as_json(), indent=1))
+        blackout = [priced.as_json() for priced in _priced(player, tally)]
+        print(json.dumps({**player.result.as_json(), "blackout": blackout}, indent=1))
     return 0 if player.result.ok else 1
 
 
-def _tell(player: Player) -> None:
-    from khosim.cli import run_text
+def _priced(player: Player, tally: Tally) -> list[Estimate]:
+    from khosim.blackout.costs import Costs
+    from khosim.blackout.estimate import count_handovers, estimate
+
+    costs = Costs.defaults()
+    return [estimate(counted, costs) for counted in count_handovers(player.result, tally)]
+
+
+def _tell(player: Player, tally: Tally) -> None:
+    from khosim.cli import blackout_text, run_text
 
     print(printable("\n".join(run_text.heading(player.scenario))))
     before = None
     for facts in player.generations():
         print(printable("\n".join(run_text.generation(facts, before))), flush=True)
         before = facts
-    print(printable("\n".join(run_text.verdict(player.result))))
+    blackout = blackout_text.short(_priced(player, tally))
+    print(printable("\n".join(run_text.verdict(player.result, blackout))))
 
 
 def _list(scenarios: dict[str, str], *, as_json: bool) -> int:

@@ -205,8 +205,8 @@ def _end(facts: GenerationFacts) -> list[str]:
     )
 
 
-def verdict(result: Result) -> list[str]:
-    """Every invariant with its sentence, what was violated, and one line at the end."""
+def verdict(result: Result, more: Iterable[str] = ()) -> list[str]:
+    """Every invariant with its sentence, what was violated, ``more``, and one line at the end."""
     lines = ["", "invariants"]
     for item in result.invariants:
         state = "  ok  " if item.ok else "  VIOLATED  "
@@ -228,7 +228,7 @@ def verdict(result: Result) -> list[str]:
         lines += ["", "not as the scenario says"]
         for failure in result.failures:
             lines += wrap(failure, _WIDTH, initial_indent="  ", subsequent_indent="    ")
-    return [*lines, "", *_summary(result)]
+    return [*lines, *more, "", *_summary(result)]
 
 
 def _summary(result: Result) -> list[str]:
