@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from khosim.blackout.costs import Costs
 from khosim.blackout.tally import BLACKOUT, STAGES, Item, Tally
-from khosim.kernel.release import find_release
 from khosim.scenario.model import ACCEPTED
 from khosim.scenario.result import Result
 
@@ -108,11 +107,10 @@ def count_handovers(result: Result, tally: Tally) -> list[Counted]:
         handover = tally.handovers.get(giver.generation)
         if taker.outcome != ACCEPTED or handover is None:
             continue
-        deferred = find_release(taker.release).deferred_struct_pages
         counts = {item: count for item, count in handover.counts.items() if count}
         counts |= _struct_pages(
             memory_map.ram_bytes // page_size,
-            _largest_share(result) if deferred else 0.0,
+            _largest_share(result) if taker.deferred_struct_pages else 0.0,
             handover.preserved_pages,
         )
         if memory_map.arch != "x86_64":

@@ -106,6 +106,8 @@ class GenerationFacts:
     scratch: list[ScratchFact] = dataclasses.field(default_factory=list)
     page_size: int = 4096
     struct_page_bytes: int = 0
+    deferred_struct_pages: bool = False
+    """Whether the kernel initialises struct pages late, in threads."""
     managed_pages: int = 0
     free_pages: int = 0
     messages: list[str] = dataclasses.field(default_factory=list)

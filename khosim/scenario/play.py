@@ -183,6 +183,7 @@ class Player:
             kexec_count=kernel.kho_in.kexec_count,
             scratch=scratch_facts(kernel),
             struct_page_bytes=struct_page_bytes(kernel),
+            deferred_struct_pages=spec.release.deferred_struct_pages,
             page_size=kernel.arch.page_size,
             liveupdate=luo.liveupdate_num if luo.enabled else -1,
         )
