@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from khosim.cli.printable import printable
+from khosim.printable import printable
 from khosim.errors import InputError
 
 if TYPE_CHECKING:
