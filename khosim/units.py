@@ -5,6 +5,8 @@ Models ``lib/cmdline.c:memparse`` and ``lib/vsprintf.c:simple_strtoull`` as 7.2 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from khosim.errors import InputError
 
 __all__ = ("format_size", "memparse", "parse_size")
@@ -14,6 +16,7 @@ _SUFFIX_SHIFT = {"K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 _DIGITS = "0123456789abcdef"
 
 
+@lru_cache(maxsize=256)
 def memparse(text: str, start: int = 0) -> tuple[int, int]:
     """Parse a number with an optional K, M, G, T, P or E suffix at ``text[start:]``.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import lru_cache
 
 from khosim.kernel.arch import Arch
 from khosim.units import memparse
@@ -41,6 +42,12 @@ def parse_words(cmdline: str) -> list[tuple[str, str | None]]:
         if value is None and name == "--":
             return words
         words.append((name, value))
+
+
+@lru_cache(maxsize=32)
+def _words(cmdline: str) -> tuple[tuple[str, str | None], ...]:
+    # Kernel after kernel is started with the same command line.
+    return tuple(parse_words(cmdline))
 
 
 def _next_arg(args: str, at: int) -> tuple[str, str | None, int]:
@@ -138,7 +145,7 @@ class BootOptions:
         ``scratch`` takes the value of ``kho_scratch=`` and returns 0 or a negative errno. Also
         collects the values of ``reserve_mem=``, which are handled later in boot.
         """
-        self.words = parse_words(cmdline)
+        self.words = list(_words(cmdline))
         for name, value in self.words:
             # parameq: '-' and '_' are one character.
             parameter = name.replace("-", "_") if "-" in name else name

@@ -18,7 +18,7 @@ from zlib import crc32
 from khosim.abi.arm64_image import ARM64_HEADER_BYTES, build_arm64_image
 from khosim.abi.boot_params import build_bzimage
 from khosim.errors import InputError, KernelPanic
-from khosim.kernel.release import Release, find_release
+from khosim.kernel.release import RELEASES, Release, find_release
 from khosim.units import parse_size
 
 __all__ = (
@@ -105,6 +105,8 @@ class KernelImage:
     ) -> KernelImage:
         """An image of ``release`` for one architecture; ``size`` scales what it takes in memory."""
         if config is None:
+            if isinstance(release, str) and release in RELEASES:
+                return _plain(release, arch, page_size, size)
             config = KernelConfig(release=find_release(release))
         if size is not None:
             config = _scaled(config, parse_size(size, what="kernel image size"))
@@ -113,6 +115,12 @@ class KernelImage:
 
 # What follows is asked again and again, of few different kernels, and depends on nothing but its
 # arguments.
+
+
+@lru_cache(maxsize=16)
+def _plain(release: str, arch: str, page_size: int, size: int | str | None) -> KernelImage:
+    config = KernelConfig(release=find_release(release))
+    return KernelImage.build(arch=arch, page_size=page_size, config=config, size=size)
 
 
 @lru_cache(maxsize=16)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from khosim.kernel.arch import Arch
+from khosim.kernel.buddy import Zone
 from khosim.kernel.mm_init import ZoneLayout
 from khosim.kernel.page_map import ALLOCATED, INCOMING, RESERVED, PageMap, PageState
 from khosim.kernel.page_policy import LinuxPolicy, Policy
@@ -147,6 +148,8 @@ class PageAllocator(ZoneLayout):
         zones = self.zonelist(nid, False)
         taken: list[tuple[int, int]] = []
         left = nr_blocks
+        if not movable:
+            left = self._take_small(zones[0], order, left, taken) if zones else left
         while left > 0:
             choice = policy.choose(zones, order, movable)
             if choice is None:
@@ -175,6 +178,25 @@ class PageAllocator(ZoneLayout):
         else:
             self.pages.add_many([(pfn, pfn + (count << order), state) for pfn, count in taken])
         return taken
+
+    def _take_small(
+        self, zone: Zone, order: int, nr_blocks: int, taken: list[tuple[int, int]]
+    ) -> int:
+        # What LinuxPolicy would choose one by one while the first zone has unmovable blocks of less
+        # than a pageblock: the smallest first. Returns how many blocks are still wanted.
+        left = nr_blocks
+        free = zone.free[UNMOVABLE]
+        for found in range(order, min(self.arch.pageblock_order, zone.max_order)):
+            blocks = free[found]
+            while blocks and left:
+                pfn, _ = blocks.popitem(last=False)
+                zone.nr_free[UNMOVABLE] -= 1 << found
+                count = min(left, 1 << (found - order))
+                if count << order < 1 << found:
+                    zone.keep_first(UNMOVABLE, pfn, found, count << order)
+                taken.append((pfn, count))
+                left -= count
+        return left
 
     def _alloc_in_chunks(
         self, order: int, nr_blocks: int, owner: str, movable: bool, compound: bool, nid: int | None

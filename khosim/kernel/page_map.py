@@ -126,7 +126,14 @@ class PageMap:
             return
         starts, ends, states = self._starts, self._ends, self._states
         i = bisect_left(starts, start_pfn)
-        if i < len(starts) and starts[i] == start_pfn and ends[i] == end_pfn:
+        after = starts[i] if i < len(starts) else end_pfn + 1
+        before = ends[i - 1] if i else -1
+        if before < start_pfn and end_pfn < after:  # alone: neither over nor beside a run
+            starts.insert(i, start_pfn)
+            ends.insert(i, end_pfn)
+            states.insert(i, state)
+            return
+        if after == start_pfn and ends[i] == end_pfn:
             # The very run that is there, as for a block that is restored.
             if self.private:
                 self._forget(self.private, start_pfn, end_pfn)
@@ -139,7 +146,7 @@ class PageMap:
                 states[i] = state
                 return
             del starts[i], ends[i], states[i]
-        elif (i and ends[i - 1] > start_pfn) or (i < len(starts) and starts[i] < end_pfn):
+        elif before > start_pfn or after < end_pfn:
             self.clear(start_pfn, end_pfn)
             i = bisect_left(starts, start_pfn)
         joins_right = i < len(starts) and starts[i] == end_pfn and states[i] == state

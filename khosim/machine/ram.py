@@ -62,6 +62,7 @@ class Ram:
         "_pages",
         "_ro",
         "_shadow",
+        "_small_bytes",
         "_stamp",
         "_u32",
         "_u64",
@@ -103,6 +104,7 @@ class Ram:
         self._stamp: Stamp = (0, Writer(-1, ""), False)
         self._undo_log = UndoLog(self._backing, self._shadow)
         self._undo: UndoLog | None = None  # the log while a snapshot is active
+        self._small_bytes = page_size * _SMALL_PAGES
         self._next_token = 1
 
     def __del__(self) -> None:
@@ -242,6 +244,9 @@ class Ram:
         if not len_bytes:
             return
         end = phys + len_bytes
+        if not (phys | len_bytes) & (self.page_size - 1) and len_bytes <= self._small_bytes:
+            self._zero_pages(phys >> self.page_shift, end >> self.page_shift, by)
+            return
         first = (phys + self.page_size - 1) >> self.page_shift
         last = end >> self.page_shift
         if first > last:
@@ -416,12 +421,12 @@ class Ram:
             self._pages[pfn] = self._stamp
 
     def _zero_pages(self, first: int, last: int, by: By) -> None:
-        shadow, pages = self._shadow, self._pages
-        stamp = shadow.page_stamp(by, False)
+        touched, pages, undo = self._shadow.touched, self._pages, self._undo
+        stamp = self._shadow.page_stamp(by, False)
         for pfn in range(first, last):
-            if self._undo is not None:
-                self._undo.save_page(pfn)
-            if shadow.touched(pfn):
+            if undo is not None:
+                undo.save_page(pfn)
+            if touched(pfn):
                 start = pfn << self.page_shift
                 self.data[start : start + self.page_size] = 0
             pages[pfn] = stamp
