@@ -15,9 +15,10 @@ from functools import lru_cache
 from khosim.abi import fdt
 from khosim.abi.memblock import MEMBLOCK_KHO_NODE_COMPATIBLE, RESERVE_MEM_KHO_NODE_COMPATIBLE
 
-__all__ = ("memblock_fdt", "new_root_fdt", "with_subtree")
+__all__ = ("child_props", "memblock_fdt", "new_root_fdt", "with_subtree")
 
 _U64_LE = struct.Struct("<Q")
+_SMALL_BYTES = 4096
 
 
 @lru_cache(maxsize=32)
@@ -62,6 +63,35 @@ def with_subtree(
     elif offset == -fdt.FDT_ERR_EXISTS:
         error = errno.EEXIST
     return error, bytes(buf)
+
+
+def child_props(
+    tree: memoryview, name: str, props: tuple[str, ...]
+) -> tuple[int, tuple[tuple[bytes | None, int], ...]]:
+    """``fdt_subnode_offset`` below the root, and ``fdt_getprop`` of each of ``props`` there.
+
+    Each as libfdt answers, a value as bytes of its own. No props where there is no such node.
+    """
+    if len(tree) <= _SMALL_BYTES:
+        return _known_props(bytes(tree), name, props)
+    return _props(tree, name, props)
+
+
+def _props(
+    tree: bytes | memoryview, name: str, props: tuple[str, ...]
+) -> tuple[int, tuple[tuple[bytes | None, int], ...]]:
+    view = memoryview(tree)
+    offset = fdt.fdt_subnode_offset(view, 0, name)
+    if offset < 0:
+        return offset, ()
+    values: list[tuple[bytes | None, int]] = []
+    for prop in props:
+        value, length = fdt.fdt_getprop(view, offset, prop)
+        values.append((None if value is None else bytes(value), length))
+    return offset, tuple(values)
+
+
+_known_props = lru_cache(maxsize=64)(_props)
 
 
 @lru_cache(maxsize=32)

@@ -25,6 +25,7 @@ from khosim.abi.kexec_metadata import (
 )
 from khosim.errors import KernelError, KernelPanic
 from khosim.kernel.early_ioremap import early_fault, early_memremap
+from khosim.kernel.kho_fdt import child_props
 from khosim.kernel.kho_out import int_shift
 from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
 from khosim.kernel.kho_reserve import leave_uninitialised, reserve_blocks
@@ -394,23 +395,23 @@ class KhoIn:
         tree = self.fdt()
         if tree is None:
             raise KernelError(errno.ENOENT, symbol, "not a KHO boot")
-        offset = fdt.fdt_subnode_offset(tree, 0, name)
+        size_prop = release.subtree_size_prop
+        offset, values = child_props(tree, name, (release.subtree_phys_prop, size_prop))
         if offset < 0:
             raise KernelError(errno.ENOENT, symbol, f"no subtree {name!r}")
-        value, length = fdt.fdt_getprop(tree, offset, release.subtree_phys_prop)
+        value, length = values[0]
         if value is None or length != 8:
             raise KernelError(errno.EINVAL, symbol, f"{name}: {release.subtree_phys_prop}")
         phys = int(_U64_LE.unpack(value)[0])
-        if not release.subtree_size_prop:
+        if not size_prop:
             # Only the address is handed out; whoever gets it reads the device tree's header.
             return phys, kernel.fdt_totalsize(kernel.virt(phys, 8))
-        value, length = fdt.fdt_getprop(tree, offset, release.subtree_size_prop)
+        value, length = values[1]
         if value is None or length != 8:
             kernel.printk(
-                f"KHO: broken KHO subnode '{name}': missing or invalid "
-                f"{release.subtree_size_prop} property"
+                f"KHO: broken KHO subnode '{name}': missing or invalid {size_prop} property"
             )
-            raise KernelError(errno.EINVAL, symbol, f"{name}: {release.subtree_size_prop}")
+            raise KernelError(errno.EINVAL, symbol, f"{name}: {size_prop}")
         return phys, int(_U64_LE.unpack(value)[0])
 
     def kexec_metadata(self) -> None:

@@ -21,7 +21,7 @@ from khosim.abi.memblock import (
     RESERVE_MEM_KHO_NODE_COMPATIBLE,
 )
 from khosim.errors import KernelError
-from khosim.kernel.kho_fdt import memblock_fdt
+from khosim.kernel.kho_fdt import child_props, memblock_fdt
 from khosim.kernel.kho_in import FDT_MAX_BYTES
 from khosim.units import memparse
 
@@ -123,7 +123,7 @@ class ReserveMem:
         tree = self._retrieve_fdt()
         if tree is None:
             return False
-        offset = fdt.fdt_subnode_offset(tree, 0, name)
+        offset, props = child_props(tree, name, ("start", "size"))
         if offset < 0:
             kernel.printk(f"FDT '{MEMBLOCK_KHO_FDT}' has no child '{name}': {offset}")
             return False
@@ -133,8 +133,7 @@ class ReserveMem:
                 f"Node '{name}' is incompatible with '{RESERVE_MEM_KHO_NODE_COMPATIBLE}': {error}"
             )
             return False
-        start_bytes, start_length = fdt.fdt_getprop(tree, offset, "start")
-        size_bytes, size_length = fdt.fdt_getprop(tree, offset, "size")
+        (start_bytes, start_length), (size_bytes, size_length) = props
         if start_bytes is None or start_length != 8 or size_bytes is None or size_length != 8:
             return False
         start = int(_U64_LE.unpack(start_bytes)[0])
