@@ -183,15 +183,19 @@ def find_top_down(
         gap = bisect_left(r_ends, high)
         if gap < len(r_base) and r_base[gap] < high:
             high = r_base[gap]
-        while high > low:
-            below = r_ends[gap - 1] if gap else 0
-            cand = (high - size) & mask
-            if cand >= low and cand >= below:
-                return cand
+        while gap:
+            gap -= 1
+            below = r_ends[gap]
             if below <= low:
                 break
-            gap -= 1
+            if high - below >= size:
+                cand = (high - size) & mask
+                if cand >= below:
+                    return cand
             high = r_base[gap]
+        cand = (high - size) & mask
+        if cand >= low < high:
+            return cand
     return 0
 
 

@@ -128,20 +128,15 @@ class PageMap:
         i = bisect_left(starts, start_pfn)
         after = starts[i] if i < len(starts) else end_pfn + 1
         before = ends[i - 1] if i else -1
-        if before < start_pfn and end_pfn < after:  # alone: neither over nor beside a run
-            starts.insert(i, start_pfn)
-            ends.insert(i, end_pfn)
-            states.insert(i, state)
-            return
         if after == start_pfn and ends[i] == end_pfn:
             # The very run that is there, as for a block that is restored.
             if self.private:
                 self._forget(self.private, start_pfn, end_pfn)
             if self.refs:
                 self._forget(self.refs, start_pfn, end_pfn)
-            if not (
-                (i and ends[i - 1] == start_pfn and states[i - 1] == state)
-                or (i + 1 < len(starts) and starts[i + 1] == end_pfn and states[i + 1] == state)
+            after = starts[i + 1] if i + 1 < len(starts) else end_pfn + 1
+            if (before != start_pfn or states[i - 1] != state) and (
+                after != end_pfn or states[i + 1] != state
             ):
                 states[i] = state
                 return
@@ -149,8 +144,10 @@ class PageMap:
         elif before > start_pfn or after < end_pfn:
             self.clear(start_pfn, end_pfn)
             i = bisect_left(starts, start_pfn)
-        joins_right = i < len(starts) and starts[i] == end_pfn and states[i] == state
-        if i and ends[i - 1] == start_pfn and states[i - 1] == state:
+            after = starts[i] if i < len(starts) else end_pfn + 1
+            before = ends[i - 1] if i else -1
+        joins_right = after == end_pfn and states[i] == state
+        if before == start_pfn and states[i - 1] == state:
             if joins_right:
                 ends[i - 1] = ends[i]
                 del starts[i], ends[i], states[i]
