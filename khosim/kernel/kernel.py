@@ -279,7 +279,8 @@ class Kernel(DirectMap, KhoCalls):
 
         ``movable`` folios may come from scratch; ``nid`` is the preferred node; ``zero`` clears.
         """
-        self._check_request(order, nid)
+        if order < 0 or nid is not None or not self.alive:
+            self._check_request(order, nid)
         pfn = self.pages.alloc_pages(
             order, owner, movable=movable, compound=order > 0, nid=nid
         )

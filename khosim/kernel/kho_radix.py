@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -155,11 +156,12 @@ class KhoRadixTree:
         u64, mapped, mask = self._memory.ram.u64, self._mapped, self._table_mask
         shifts = self._shifts
         node = self.root
-        for level, shift in enumerate(shifts):
+        for shift in shifts:
             entry = node + ((key >> shift & mask) << 3)
             node = u64[entry >> 3] if node in mapped else self._read(node, entry)
             if not node:
-                return self._make_branch(entry, key, shifts[level + 1 :], by), True
+                below = shifts[shifts.index(shift) + 1 :]
+                return self._make_branch(entry, key, below, by), True
         return node, False
 
     def _make_branch(self, anchor: int, key: int, shifts: list[int], by: tuple[int, str]) -> int:
@@ -286,11 +288,12 @@ class KhoRadixTree:
         ``(nr_keys, first_key)`` for each run of consecutive keys of a leaf. Nothing without a
         root. Raises :class:`KernelPanic` at an address without memory and for a walk without end.
         """
-        for part in self._walk():
-            if isinstance(part, list):
-                yield from part
-            else:
-                yield from zip(part[0].tolist(), part[1].tolist(), strict=True)
+        return chain.from_iterable(
+            part
+            if isinstance(part, list)
+            else zip(part[0].tolist(), part[1].tolist(), strict=True)
+            for part in self._walk()
+        )
 
     def walk_arrays(self) -> Iterator[tuple[Pfns, Keys]]:
         """:meth:`walk` in arrays: of each pair a number in the one and in the other."""
@@ -322,7 +325,7 @@ class KhoRadixTree:
                     yield self._read_leaves(leaves)
                     continue
             key, node = ways[-1].pop()
-            yield [(0, node)]
+            yield [(0, node)]  # before a look at what it holds, which may change until then
             if len(ways) < len(shifts):
                 found = self._entries(node, key, shifts[len(ways)])
                 ways.append(found)

@@ -68,7 +68,7 @@ class PageAllocator(ZoneLayout):
 
     def adjust_managed_page_count(self, pfn: int, nr_pages: int) -> None:
         """``adjust_managed_page_count``: the zone of ``pfn`` manages ``nr_pages`` more."""
-        zone = self.page_zone(pfn) if self.uninitialised else self.zone_of(pfn)
+        zone = self.zone_of(pfn) if not self.uninitialised else self.page_zone(pfn)
         if zone is not None:
             zone.managed_pages += nr_pages
 

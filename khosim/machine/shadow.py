@@ -191,6 +191,8 @@ class WriterShadow:
         pfn, stamps = self._known_pages(first, end)
         if not len(pfn):
             return _joined((a << shift, b << shift) for a, b, stamp in runs if stamp[2])
+        if len(pfn) <= _FEW_PAGES and len(runs) <= 1:
+            return self._touched_few(pfn.tolist(), stamps, runs, shift)
         if not runs:
             touched = np.fromiter(map(_TOUCHED, stamps), dtype=bool, count=len(pfn))
             return _runs_of_frames(pfn[touched], shift)
@@ -216,6 +218,32 @@ class WriterShadow:
             np.concatenate((one, -one, step, -step)),
             shift,
         )
+
+    def _touched_few(
+        self,
+        frames: list[int],
+        stamps: Iterable[Stamp],
+        runs: list[tuple[int, int, Stamp]],
+        shift: int,
+    ) -> list[tuple[int, int]]:
+        # touched_runs of few pages and one run at most, without arrays.
+        start, end, below = runs[0] if runs else (0, 0, None)
+        single: list[int] = []
+        holes: list[int] = []
+        for pfn, stamp in sorted(zip(frames, stamps, strict=True)):
+            if below is None or not start <= pfn < end:
+                if stamp[2]:
+                    single.append(pfn)
+            elif stamp[0] >= below[0] and stamp[2] != below[2]:
+                (single if stamp[2] else holes).append(pfn)
+        pieces = [(pfn, pfn + 1) for pfn in single]
+        if below is not None and below[2]:
+            for hole in holes:
+                pieces.append((start, hole))
+                start = hole + 1
+            pieces.append((start, end))
+            pieces.sort()
+        return _joined((a << shift, b << shift) for a, b in pieces if a < b)
 
     def ever_touched(self, shift: int) -> list[tuple[int, int]]:
         """Ordered, disjoint runs, as of :meth:`touched_runs`, outside of which all pages are zero.
