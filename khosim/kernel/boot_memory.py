@@ -248,10 +248,11 @@ def top_gap(kernel: Kernel, unit: int, nid: int, low: int, high: int) -> tuple[i
     memblock = kernel.memblock
     flags = MEMBLOCK_KHO_SCRATCH if memblock.kho_scratch_only else MEMBLOCK_NONE
     for start, end, _nid in memblock.for_each_free_mem_range(nid, flags, True):
-        start = (max(start, low) + unit - 1) & -unit
-        end = min(end, high) & -unit
-        if start < end:
-            return start, end
+        if end > low and start < high:
+            start = (max(start, low) + unit - 1) & -unit
+            end = min(end, high) & -unit
+            if start < end:
+                return start, end
     return None
 
 
@@ -315,11 +316,12 @@ def _percpu_unit(size_sum: int, atom: int, page: int, counts: list[int]) -> tupl
     alloc = -(-min_unit // atom) * atom
     best = 0
     last_allocs = 1 << 31
+    total = sum(counts)
     for units in range(alloc // min_unit, 0, -1):
         if alloc % units or alloc // units % page:
             continue
         allocs = sum(-(-count // units) for count in counts)
-        if allocs * units - sum(counts) > sum(counts) // 3:
+        if allocs * units - total > total // 3:
             continue  # wastes more than a third
         if allocs > last_allocs:
             break

@@ -71,6 +71,7 @@ class MemblockFree(MemblockQueries):
         memory, reserved = self.memory, self.reserved
         shift = self.page_size.bit_length() - 1
         slack = self.page_size - 1
+        limit = max_low_pfn << shift
         ranges: list[tuple[int, int, int]] = []
         for base, end, flags, nid in zip(
             memory.base, memory.end, memory.flags, memory.nid, strict=True
@@ -81,11 +82,13 @@ class MemblockFree(MemblockQueries):
             last = bisect_left(reserved.base, end, first)
             starts = [base, *reserved.end[first:last]]
             ends = [*reserved.base[first:last], end]
+            if limit < end:
+                ends = [min(stop, limit) for stop in ends]
             ranges += [
                 (start_pfn, end_pfn, nid)
                 for start, stop in zip(starts, ends, strict=True)
                 if (start_pfn := (start + slack) >> shift)
-                < (end_pfn := min(stop >> shift, max_low_pfn))
+                < (end_pfn := stop >> shift)
             ]
         if self.trace is not None:
             self.trace("memblock_free_all", (), len(ranges))

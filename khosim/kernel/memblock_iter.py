@@ -128,9 +128,7 @@ def free_ranges_reverse(
         ):
             idx_a -= 1
             continue
-        idx_b = min(idx_b, bisect_left(reserved.end, m_end))
-        if idx_b < 0:
-            return
+        idx_b = bisect_left(reserved.end, m_end, 0, idx_b)
         r_start = reserved.end[idx_b - 1] if idx_b else 0
         r_end = reserved.base[idx_b] if idx_b < len(reserved.base) else PHYS_ADDR_MAX
         if r_end <= m_start:
@@ -139,11 +137,15 @@ def free_ranges_reverse(
         if m_end <= r_start:
             idx_b -= 1
             continue
+        end = m_end
+        if r_end < end:
+            end = r_end
         if m_start >= r_start:
             idx_a -= 1
+            yield m_start, end, node
         else:
             idx_b -= 1
-        yield max(m_start, r_start), min(m_end, r_end), node
+            yield r_start, end, node
 
 
 def find_top_down(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from itertools import islice
 
 from khosim.kernel.arch import Arch
 from khosim.kernel.buddy import Zone
@@ -140,12 +141,14 @@ class ZoneLayout:
         found: list[tuple[int, int, Zone]] = []
         if start_pfn >= end_pfn:
             return found
-        i = max(0, bisect_right(self._piece_starts, start_pfn) - 1)
-        while i < len(self._pieces) and self._pieces[i][0] < end_pfn:
-            low, high, zone = self._pieces[i]
+        i = bisect_right(self._piece_starts, start_pfn)
+        for low, high, zone in islice(self._pieces, i and i - 1, None):
+            if low >= end_pfn:
+                break
+            if high >= end_pfn and low <= start_pfn:  # in the midst of it
+                return [(start_pfn, end_pfn, zone)]
             if high > start_pfn:
                 found.append((max(low, start_pfn), min(high, end_pfn), zone))
-            i += 1
         return found
 
     def migratetype_of(self, pfn: int) -> int:

@@ -191,8 +191,9 @@ class PageAllocator(ZoneLayout):
             while blocks and left:
                 pfn, _ = blocks.popitem(last=False)
                 zone.nr_free[UNMOVABLE] -= 1 << found
-                count = min(left, 1 << (found - order))
-                if count << order < 1 << found:
+                count = 1 << (found - order)
+                if count > left:
+                    count = left
                     zone.keep_first(UNMOVABLE, pfn, found, count << order)
                 taken.append((pfn, count))
                 left -= count
