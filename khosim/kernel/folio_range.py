@@ -28,6 +28,7 @@ __all__ = (
     "preserve_folio_runs",
     "put_folio_range",
     "restore_folio_range",
+    "restore_plain_folio",
     "restored_log",
     "unpreserve_folio_runs",
 )
@@ -282,6 +283,30 @@ def restore_folio_range(
         args = {"phys": pfn << kernel.arch.page_shift, "order": order, "nr_blocks": nr_folios}
         kernel.emit(symbol, args, pfn)
     return nr_folios
+
+
+def restore_plain_folio(kernel: Kernel, pfn: int) -> int | None:
+    """``kho_restore_folio`` of a folio that waits for it, in releases like the newest: its order.
+
+    None, and nothing done, for all else: :meth:`KhoIn.restore_folio` knows. Neither is it entered
+    in the record of what was restored.
+    """
+    pages = kernel.pages
+    state = pages.pages.state(pfn)
+    if state is None or state.kind != INCOMING or pages.pages.private:
+        return None
+    order = state.order
+    nr_pages = 1 << order
+    if (
+        pfn & (nr_pages - 1)
+        or order > kernel.arch.max_page_order
+        or not _restores_plainly(kernel, order, False)
+        or not kernel.pfn_to_online_page(pfn)
+    ):
+        return None
+    pages.pages.set(pfn, pfn + nr_pages, pages.restored_state(order, order > 0))
+    pages.adjust_managed_page_count(pfn, nr_pages)
+    return order
 
 
 def _restores_plainly(kernel: Kernel, order: int, as_pages: bool) -> bool:

@@ -25,6 +25,7 @@ from khosim.abi.kexec_metadata import (
 )
 from khosim.errors import KernelError, KernelPanic
 from khosim.kernel.early_ioremap import early_fault, early_memremap
+from khosim.kernel.folio_range import restore_plain_folio
 from khosim.kernel.kho_fdt import child_props
 from khosim.kernel.kho_out import int_shift
 from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
@@ -119,7 +120,7 @@ class KhoIn:
         if array is None:
             printk(
                 f"KHO: setup: failed to memremap scratch (phys={scratch_phys:#x}, "
-                f"len={_signed(scratch_len)})"
+                f"len={scratch_len - (scratch_len >> 63 << 64)})"
             )
             return -errno.EFAULT
         memblock = kernel.memblock
@@ -355,6 +356,10 @@ class KhoIn:
 
     def restore_folio(self, phys: int) -> tuple[int, int] | None:
         """``kho_restore_folio``: ``(pfn, order)`` of the folio at ``phys``, None on refusal."""
+        kernel, pfn = self._kernel, phys >> self._kernel.arch.page_shift
+        if kernel.trace is None and (order := restore_plain_folio(kernel, pfn)) is not None:
+            self.restored.append((pfn, order))
+            return pfn, order
         return self._restore_page(phys, True, "kho_restore_folio")
 
     def restore_pages(self, phys: int, nr_pages: int) -> int | None:
@@ -443,7 +448,3 @@ class KhoIn:
         self.previous_release = metadata.previous_release
         self.kexec_count = metadata.kexec_count
         kernel.printk(f"KHO: exec from: {self.previous_release} (count {self.kexec_count})")
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value

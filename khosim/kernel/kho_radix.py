@@ -160,8 +160,7 @@ class KhoRadixTree:
             entry = node + ((key >> shift & mask) << 3)
             node = u64[entry >> 3] if node in mapped else self._read(node, entry)
             if not node:
-                below = shifts[shifts.index(shift) + 1 :]
-                return self._make_branch(entry, key, below, by), True
+                return self._make_branch(entry, key, [s for s in shifts if s < shift], by), True
         return node, False
 
     def _make_branch(self, anchor: int, key: int, shifts: list[int], by: tuple[int, str]) -> int:
@@ -289,9 +288,7 @@ class KhoRadixTree:
         root. Raises :class:`KernelPanic` at an address without memory and for a walk without end.
         """
         return chain.from_iterable(
-            part
-            if isinstance(part, list)
-            else zip(part[0].tolist(), part[1].tolist(), strict=True)
+            part if isinstance(part, list) else zip(*map(np.ndarray.tolist, part), strict=True)
             for part in self._walk()
         )
 
