@@ -1,0 +1,92 @@
+"""The benchmark that seeds defects: flips of behaviours, and code put into live functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.mutants import reasons, sample, switches
+from benchmarks.mutants.sample import Mutant, draw, install
+from benchmarks.mutants.switches import Flip, flips, judge, pair
+from khosim import units
+from khosim.explore.hazards import SWITCHES, fixed
+
+BASE = fixed("7.3")
+
+
+def test_each_behaviour_is_flipped() -> None:
+    """Every fix is turned off, and every behaviour gets a value that it does not have."""
+    found = flips(BASE)
+    assert {(name, False) for name in SWITCHES} <= {(flip.name, flip.value) for flip in found}
+    assert len(set(found)) == len(found)
+    assert all(getattr(BASE, flip.name) != flip.value for flip in found)
+    assert {"unpreserve_missing=loop", "unpreserve_missing=return"} <= set(map(str, found))
+    assert "restore_order_cap=on" in map(str, found)
+
+
+def test_a_handover_of_everything_is_silent() -> None:
+    """Where nothing was flipped, nothing speaks."""
+    assert pair(BASE, BASE) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("fill_kimage", "finalized", "handover-refused"),
+        ("subtree_phys_prop", "fdt", "handover-wellformed"),
+        ("memfd", "memfd-v1", "refused: luo_open: -EIO"),
+    ],
+)
+def test_a_flip_is_noticed_in_a_pair(name: str, value: str, what: str) -> None:
+    """A handover is not taken over, or not well formed, by a kernel that differs."""
+    assert pair(BASE, BASE.evolve(**{name: value})).startswith(what)
+
+
+def test_a_search_that_found_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What speaks without the flip too does not count, and the museum shows what no search can."""
+    monkeypatch.setattr(switches, "_run", lambda release, n, seed: {"all-given-back"})
+    noticed = judge(Flip("restore_order_cap", True), BASE, 5, 0)
+    assert noticed.runs == 5
+    assert list(noticed.spoke) == ["museum"]
+    assert noticed.spoke["museum"].startswith("A25 ")
+
+
+def test_reasons_are_for_flips() -> None:
+    """A reason names a behaviour that is flipped, and tells it in a sentence."""
+    names = {name for flip in flips(BASE) for name in (flip.name, str(flip))}
+    assert set(reasons.REASONS) <= names
+    assert all(reason.endswith(".") for reason in reasons.REASONS.values())
+
+
+@pytest.fixture
+def source() -> Iterator[str]:
+    """The source of :mod:`khosim.units`, whose functions are put back afterwards."""
+    functions = [thing for thing in vars(units).values() if hasattr(thing, "__code__")]
+    codes = [function.__code__ for function in functions]
+    yield Path(units.__file__).read_text(encoding="utf-8")
+    for function, code in zip(functions, codes, strict=True):
+        function.__code__ = code
+
+
+def test_a_mutant_is_put_into_the_function_that_is_there(source: str) -> None:
+    """Whoever imported the function by name calls the changed one; others stay as they are."""
+    from khosim.units import memparse
+
+    assert memparse("2K") == (2048, 2)
+    changed = source.replace("value <<= shift", "value <<= shift + 1")
+    assert changed != source
+    install(Mutant("khosim.units", "memparse", 1, 1, "", "", changed))
+    assert memparse("2K") == (4096, 2)
+    assert units.parse_size("2K") == 4096
+
+
+def test_mutants_are_drawn_from_a_seed() -> None:
+    """Equal seeds give equal mutants, each of which changes one function."""
+    pytest.importorskip("cosmic_ray")
+    found = draw(["khosim.units"], 5, 1)
+    assert found == draw(["khosim.units"], 5, 1) != draw(["khosim.units"], 5, 2)
+    for mutant in found:
+        assert mutant.was != mutant.now
+        assert sample._path("khosim.units").read_text(encoding="utf-8") != mutant.source

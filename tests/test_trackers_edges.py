@@ -1,0 +1,149 @@
+"""Corners of the trackers that only a changed tracker shows: each was once untested."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from khosim import Machine
+from khosim.kernel.image import KernelConfig
+from khosim.kernel.kernel import Kernel
+from khosim.kernel.kho_chunks import KhoChunks
+from khosim.kernel.kho_radix import kho_encode_radix_key
+from khosim.kernel.kho_tracker import BlockTracker, no_memory
+from khosim.kernel.release import Release, find_release
+
+KEYS = [(0x40, 0), (0x41, 0), (0x43, 0), (0x48, 1), (0x50, 1), (0x52, 1), (0x40000, 0)]
+"""Blocks as (pfn, order): neighbours, a gap, another order, one that needs a second bitmap."""
+
+
+class Refusing:
+    """Refuses the n-th request for memory and all after it."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self, order: int, owner: str) -> bool:
+        """As ``kernel.pages.fail``."""
+        self.left -= 1
+        return self.left <= 0
+
+
+class SetTracker(BlockTracker):
+    """A set of blocks, with nothing written down."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        self.held: set[tuple[int, int]] = set()
+
+    def add_block(self, pfn: int, order: int) -> int:
+        """Mark; the third block is one too many."""
+        if len(self.held) == 3:
+            return no_memory()
+        self.held.add((pfn, order))
+        return 0
+
+    def del_block(self, pfn: int, order: int) -> bool:
+        """Unmark."""
+        self.held.discard((pfn, order))
+        return True
+
+    def blocks(self) -> Iterator[tuple[int, int, int]]:
+        """Each block by itself."""
+        for pfn, order in sorted(self.held):
+            yield pfn << 12, order, 1
+
+    def table_pages(self) -> list[int]:
+        """A page of its own, for statistics."""
+        return [0x7000]
+
+
+def booted(release: str | Release) -> Kernel:
+    """A kernel of a release with the chunk tracker."""
+    return Machine("64M").boot(release=release, cmdline="kho=on")
+
+
+def keys_of(blocks: list[tuple[int, int]]) -> list[int]:
+    """The keys of blocks, in their order."""
+    return [kho_encode_radix_key(pfn << 12, order, 12) for pfn, order in blocks]
+
+
+@pytest.mark.parametrize("n", range(1, 10))
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_an_array_is_marked_as_single_blocks_are(n: int, is_reversed: bool) -> None:
+    """However far memory goes, an array of all sorts of keys comes as far, and to the same map."""
+    keys = [*keys_of(KEYS), (1 << 50) - 1, 1 << 50]  # the last block of an order, the first of one
+    keys = keys[::-1] if is_reversed else keys
+    many, single = (KhoChunks(booted("6.18")) for _ in range(2))
+    for tracker in (many, single):
+        tracker.kernel.pages.fail = Refusing(n)
+    expected = (0, len(keys))
+    for done, key in enumerate(keys):
+        error = single.add_key(key)
+        if error:
+            expected = (error, done)
+            break
+    assert many.add_many(np.array(keys, dtype=np.int64)) == expected
+    assert list(many.marked()) == list(single.marked())
+    assert expected[0] in (0, -errno.ENOMEM)
+
+
+def test_the_first_chunk_is_linked_from_nowhere() -> None:
+    """A list of chunks is written into the chunks alone, not to address 0 before the first."""
+    tracker = KhoChunks(booted("6.18"))
+    before = tracker.kernel.ram.read(0, 4096)
+    assert tracker.add_block(0x40, 0) == 0
+    error, first = tracker.serialize()
+    assert (error, bool(first)) == (0, True)
+    assert tracker.kernel.ram.read(0, 4096) == before
+
+
+@pytest.mark.parametrize(("is_debug", "is_checked"), [(1, 1), (1, 0), (0, 1)])
+def test_a_bitmap_in_scratch(
+    monkeypatch: pytest.MonkeyPatch, is_debug: int, is_checked: int
+) -> None:
+    """Only a debug kernel whose release looks refuses a bitmap that lies in scratch."""
+    release = find_release("6.19").evolve(scratch_overlap_checked=bool(is_checked))
+    config = KernelConfig(release=release, debug=bool(is_debug))
+    kernel = Machine("64M").boot(release, config=config, cmdline="kho=on")
+    tracker = KhoChunks(kernel)
+    free = kernel.pages.nr_free_pages()
+    monkeypatch.setattr(Kernel, "kho_scratch_overlap", lambda self, phys, size: True)
+    told = len(kernel.messages)
+    if is_debug and is_checked:
+        assert tracker.add_block(0x40, 0) == -errno.EINVAL
+        assert "overlaps scratch" in kernel.messages[told]
+        assert kernel.pages.nr_free_pages() == free
+    else:
+        assert tracker.add_block(0x40, 0) == 0
+        assert len(kernel.messages) == told
+
+
+def test_nothing_is_marked_when_finalized() -> None:
+    """Up to 6.18 marking is -EBUSY once the handover is finalized."""
+    kernel = booted("6.18")
+    tracker = KhoChunks(kernel)
+    kernel.finalize()
+    assert tracker.add_block(0x40, 0) == -errno.EBUSY
+    assert tracker.add_run(*keys_of([(0x40, 0)]), 3) == (-errno.EBUSY, 0)
+    assert list(tracker.marked()) == []
+
+
+def test_a_tracker_of_four_methods_can_do_the_rest() -> None:
+    """Runs and arrays of a designer's tracker are made of single blocks, errors included."""
+    tracker = SetTracker(booted("7.3"))
+    (key,) = keys_of([(0x40, 1)])
+    assert tracker.add_run(key, 0) == (0, 0)
+    assert tracker.add_run(key, 2) == (0, 2)
+    assert tracker.held == {(0x40, 1), (0x42, 1)}
+    assert tracker.add_many(np.array(keys_of([(0x50, 0), (0x51, 0)]))) == (-errno.ENOMEM, 1)
+    assert tracker.add_run(key, 2) == (-errno.ENOMEM, 0)
+    found = list(tracker.walk())
+    assert found == [(0, 0x7000), *((1, key) for key in keys_of([(0x40, 1), (0x42, 1), (0x50, 0)]))]
+    tracker.del_run(key, 2)
+    assert tracker.held == {(0x50, 0)}
