@@ -26,7 +26,7 @@ from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.page_policy import AdversarialPolicy, Policy
 from khosim.kernel.release import Release, find_release
-from khosim.kernel.trace import Event, Trace
+from khosim.kernel.trace import Event, Initcall, Trace
 from khosim.machine.hardware import Hardware
 from khosim.machine.memory_map import MemoryMap
 from khosim.units import parse_size
@@ -303,6 +303,7 @@ class Machine:
             policy=self._policy(),
             trace=self._trace(),
             host=self,
+            initcall=self._initcall(),
         )
         self.kernel = kernel
         self._kernels.add(kernel)
@@ -349,6 +350,13 @@ class Machine:
                 listener(event)
 
         return fan_out
+
+    def _initcall(self) -> Initcall | None:
+        if self.hardware.devices is None:
+            return None
+        from khosim.drivers.core import initcall
+
+        return initcall
 
     def _policy(self) -> Policy | None:
         if self.allocator == "linux":

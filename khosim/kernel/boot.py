@@ -27,7 +27,7 @@ from khosim.kernel.memblock import numa_valid_node
 from khosim.kernel.page_map import RESERVED, PageState
 from khosim.kernel.page_policy import Policy
 from khosim.kernel.pageblock import MOVABLE, UNMOVABLE
-from khosim.kernel.trace import Host, Trace
+from khosim.kernel.trace import Host, Initcall, Trace
 from khosim.machine.hardware import Hardware
 
 __all__ = ("boot",)
@@ -42,12 +42,13 @@ def boot(
     policy: Policy | None = None,
     trace: Trace | None = None,
     host: Host | None = None,
+    initcall: Initcall | None = None,
 ) -> Kernel:
     """Start the kernel that the machine's registers point at.
 
     ``generation`` only labels what this kernel writes; ``policy`` decides which free pages it hands
-    out; ``host`` is told of its stages. Raises :class:`KernelPanic` where the real kernel would
-    die, or where there is none.
+    out; ``host`` is told of its stages, ``initcall`` brings drivers up. Raises :class:`KernelPanic`
+    where the real kernel would die, or where there is none.
     """
     kernel: Kernel | None = None
     try:
@@ -60,7 +61,7 @@ def boot(
         if config.zone_dma and hardware.ram_ranges:
             arch = arch.with_zone_dma(hardware.ram_ranges[0][0], hardware.ram_ranges[-1][1])
         kernel = Kernel(hardware, arch, config, generation, policy=policy, trace=trace, host=host)
-        _start_kernel(kernel, entry)
+        _start_kernel(kernel, entry, initcall)
     except KernelPanic as panic:
         if kernel is not None:
             kernel.alive = False
@@ -83,7 +84,7 @@ def _find_kernel(hardware: Hardware, entry: int) -> KernelConfig:
     return read_kernel_config(hardware.ram.read(at, size))
 
 
-def _start_kernel(kernel: Kernel, entry: int) -> None:
+def _start_kernel(kernel: Kernel, entry: int, initcall: Initcall | None) -> None:
     kernel.phase = "setup_arch"
     x86 = kernel.arch.name == "x86_64"
     if x86:
@@ -105,7 +106,7 @@ def _start_kernel(kernel: Kernel, entry: int) -> None:
         kernel.phase = "trap_init"
         boot_x86.trap_init(kernel)
     _mm_core_init(kernel)
-    _initcalls(kernel)
+    _initcalls(kernel, initcall or (lambda _kernel, _level: None))
 
 
 def _mm_core_init_early(kernel: Kernel) -> None:
@@ -193,7 +194,7 @@ def _check_ram(kernel: Kernel) -> None:
             )
 
 
-def _initcalls(kernel: Kernel) -> None:
+def _initcalls(kernel: Kernel, initcall: Initcall) -> None:
     kernel.phase = "early_initcalls"
     kernel.liveupdate.early_init()
     kernel.phase = "page_alloc_init_late"
@@ -201,11 +202,14 @@ def _initcalls(kernel: Kernel) -> None:
         _mark_stale_pageblocks(kernel, *kernel.stale_scratch)
     kernel.pages.page_alloc_init_late()
     kernel.phase = "initcalls"
+    initcall(kernel, "subsys")
     boot_hugetlb.hugetlb_init(kernel)  # subsys_initcall
     if kernel.release.kho_init_level == "fs":
         kho_init(kernel)  # fs_initcall
     kernel.phase = "initcalls"
     _free_initrd_mem(kernel)  # rootfs_initcall
+    initcall(kernel, "rootfs")
+    initcall(kernel, "device")
     # late_initcalls, in the order of linking: kernel/, mm/memblock.c, mm/memfd_luo.c
     if kernel.release.kho_init_level == "late":
         kho_init(kernel)

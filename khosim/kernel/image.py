@@ -71,9 +71,12 @@ class KernelConfig:
     """arm64: booted by EFI firmware, whose memory map takes the place of the device tree's."""
     zone_dma: bool = False
     """arm64: ``CONFIG_ZONE_DMA``, so that low memory ends at 4 GiB."""
+    without: tuple[str, ...] = ()
+    """Pieces of live update that its drivers are built without; see :mod:`khosim.drivers.core`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cpu_nodes", tuple(self.cpu_nodes))
+        object.__setattr__(self, "without", tuple(self.without))
 
     def evolve(self, **changes: object) -> KernelConfig:
         """This configuration with some fields changed; an unknown name is an InputError."""
@@ -197,5 +200,4 @@ def _parse_config(text: bytes) -> KernelConfig:
     fields = json.loads(text)
     behaviours = fields.pop("release")
     behaviours["functions"] = tuple(behaviours["functions"])
-    nodes = tuple(fields.pop("cpu_nodes"))
-    return KernelConfig(release=Release(**behaviours), cpu_nodes=nodes, **fields)
+    return KernelConfig(release=Release(**behaviours), **fields)

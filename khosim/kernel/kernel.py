@@ -34,7 +34,7 @@ from khosim.kernel.page_map import PageMap
 from khosim.kernel.page_policy import Policy
 from khosim.kernel.process import Process
 from khosim.kernel.reserve_mem import ReserveMem
-from khosim.kernel.trace import Event, Host, Trace
+from khosim.kernel.trace import DriverSet, Event, Host, Trace
 from khosim.machine.hardware import Hardware
 from khosim.machine.ram import Writer
 
@@ -61,6 +61,7 @@ class Kernel(DirectMap, KhoCalls):
         "crashk_low_res",
         "crashk_res",
         "debugfs",
+        "drivers",
         "elfcorehdr_bytes",
         "firmware_map",
         "generation",
@@ -171,6 +172,8 @@ class Kernel(DirectMap, KhoCalls):
         self.reserve_mem = ReserveMem(self)
         self.debugfs = KhoDebugfs(self)
         self.liveupdate = Luo(self)
+        self.drivers: DriverSet | None = None
+        """What drives the devices of this machine, where it has any."""
         if trace is not None:
             self.memblock.trace = self._trace_memblock
 

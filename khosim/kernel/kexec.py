@@ -345,6 +345,8 @@ def kernel_kexec(kernel: Kernel, image: Kimage | None = None) -> None:
     comes_back = image.preserve_context and kernel.release.luo_skips_preserve_context
     if not comes_back and not image.is_crash:
         kernel.liveupdate.reboot()
+        if kernel.drivers is not None:
+            kernel.drivers.shutdown()
     machine_kexec(kernel, image)
 
 

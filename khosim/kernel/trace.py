@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
 
-__all__ = ("Event", "Host", "Trace")
+__all__ = ("DriverSet", "Event", "Host", "Initcall", "Trace")
 
 
 class Event(NamedTuple):
@@ -29,6 +29,16 @@ class Event(NamedTuple):
 
 
 Trace = Callable[[Event], None]
+
+Initcall = Callable[["Kernel", str], None]
+"""Told of each level of a kernel's initcalls where drivers come up: subsys, rootfs, device."""
+
+
+class DriverSet(Protocol):
+    """Drivers of one kernel, as its reboot path knows them."""
+
+    def shutdown(self) -> None:
+        """``device_shutdown`` and ``machine_shutdown``: this kernel is about to leave."""
 
 
 class Host(Protocol):
