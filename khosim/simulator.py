@@ -47,7 +47,7 @@ class Machine:
     ``ram`` is a size (``"16G"``); ``nodes`` a number of equal nodes or their sizes. ``allocator``
     is "linux" or "adversarial"; both are reproducible, the second from ``seed``. With
     ``checks=False`` no invariants are recorded and :meth:`check` refuses. ``devices`` are parts of
-    :mod:`khosim.machine.devices`.
+    :mod:`khosim.machine.devices`; with ``drivers=False`` no kernel touches them.
 
     ``kernel`` is the kernel that runs now, or None before the first boot and after a panic.
 
@@ -62,6 +62,7 @@ class Machine:
         "_kernels",
         "_last_boot",
         "allocator",
+        "drivers",
         "generation",
         "hardware",
         "kernel",
@@ -85,6 +86,7 @@ class Machine:
         checks: bool = True,
         hardware: Hardware | None = None,
         devices: Sequence[Part] = (),
+        drivers: bool = True,
     ) -> None:
         if allocator not in ALLOCATORS:
             raise InputError("allocator", f"{allocator!r} is not one of {', '.join(ALLOCATORS)}")
@@ -100,6 +102,7 @@ class Machine:
             raise InputError("devices", "this hardware has its own")
         self.hardware = hardware
         self.allocator = allocator
+        self.drivers = drivers
         self.seed = seed
         self.generation = -1
         self.kernel: Kernel | None = None
@@ -352,7 +355,7 @@ class Machine:
         return fan_out
 
     def _initcall(self) -> Initcall | None:
-        if self.hardware.devices is None:
+        if self.hardware.devices is None or not self.drivers:
             return None
         from khosim.drivers.core import initcall
 

@@ -37,7 +37,7 @@ PARTS = (
 
 def host():
     """A small host whose plain device writes a page of its own, again and again."""
-    machine = Machine("64M", devices=PARTS)
+    machine = Machine("64M", devices=PARTS, drivers=False)
     return machine, machine.hardware.devices
 
 
@@ -130,7 +130,7 @@ def test_devices_act_between_events_of_both_kernels() -> None:
     assert {event.detail["dma"].outcome for event in dmas} == {"done"}
     words = successor.ram.read_u64(folio.phys)
     assert words == engine.steps << 32 ^ 1
-    assert {violation.writer for violation in machine.check()} == {f"device {PLAIN}"}
+    assert not machine.check()  # whose page a device may write to is the business of drivers
 
 
 def test_one_device_at_one_moment() -> None:

@@ -34,7 +34,8 @@ MAY_USE: dict[str, set[str]] = {
     "simulator": BASE | {"machine", "abi", "kernel", "drivers", "checks", "capture", "conform"},
     "plan": BASE | {"machine", "kernel", "capture", "conform"},
     "lab": BASE | {"machine", "abi", "kernel", "checks", "capture", "inspect", "__init__"},
-    "scenario": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
+    "scenario": BASE
+    | {"machine", "abi", "kernel", "drivers", "checks", "capture", "simulator"},
     "matrix": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "__init__"},
     "blackout": BASE | {"kernel", "scenario"},
@@ -45,8 +46,9 @@ MAY_USE: dict[str, set[str]] = {
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "matrix", "bugs"}
     | {"__init__"},
     "cli": BASE
-    | {"machine", "abi", "kernel", "checks", "capture", "simulator", "explore", "testing", "view"}
-    | {"inspect", "conform", "plan", "lab", "scenario", "blackout", "bugs", "matrix", "__init__"},
+    | {"machine", "abi", "kernel", "drivers", "checks", "capture", "simulator", "explore"}
+    | {"testing", "view", "inspect", "conform", "plan", "lab", "scenario", "bugs", "matrix"}
+    | {"blackout", "__init__"},
     "__main__": {"cli"},
     "__init__": {"errors", "simulator"},
 }

@@ -596,7 +596,8 @@ def test_the_documented_example_runs() -> None:
     text = DOCS.read_text(encoding="utf-8")
     examples = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     results = [play(parse_scenario(example, "guest.toml")) for example in examples]
-    assert [(result.failures, result.handovers) for result in results] == [([], 2), ([], 1)]
+    handovers = [(result.failures, result.handovers) for result in results]
+    assert handovers == [([], 2), ([], 1), ([], 1)]
     for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(program, "docs/scenarios.md", "exec"), {})
 

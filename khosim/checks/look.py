@@ -232,6 +232,18 @@ class Look:
                 return f"reserve_mem {name}"
         return owner_of(self.kernel.pages.pages, pfn)
 
+    def by_kernels(self, pfns: list[int]) -> list[int]:
+        """The pages of ``pfns`` that no device, guest or secure processor wrote to last.
+
+        What those write while kernels come and go is for the invariants of devices to judge.
+        """
+        if self.hardware.devices is None or not pfns:
+            return pfns
+        writers = self.hardware.ram.last_writers(pfns)
+        return [
+            pfn for pfn, by in zip(pfns, writers, strict=True) if by is None or by[0] >= 0
+        ]
+
     def says(
         self, invariant: str, message: str, phys: int, owner: str = "", *, generation: int = -1
     ) -> Violation:

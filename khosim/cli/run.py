@@ -50,6 +50,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--ram", metavar="SIZE", help="RAM, such as 16G")
     add("--nodes", metavar="N", help="number of NUMA nodes")
     add("--generations", metavar="N", help="kernels in a row; the last table repeats")
+    add(
+        "--without",
+        metavar="PIECE",
+        action="append",
+        default=[],
+        help="leave a piece of live update out (several times for several): guest-memory, kvm, "
+        "iommu, vfio, pci, snp",
+    )
     add("--allocator", metavar="NAME", help="which free pages are handed out: linux, adversarial")
 
 
@@ -129,7 +137,17 @@ def _overrides(args: argparse.Namespace) -> Overrides:
         nodes=_number("--nodes", args.nodes, 1, 64),
         generations=_number("--generations", args.generations, 1, MAX_GENERATIONS),
         allocator=args.allocator,
+        without=_pieces(args.without),
     )
+
+
+def _pieces(names: list[str]) -> tuple[str, ...]:
+    from khosim.drivers.core import PIECES
+
+    for name in names:
+        if name not in PIECES:
+            raise InputError("--without", f"{name!r} is none of {', '.join(PIECES)}")
+    return tuple(dict.fromkeys(names))
 
 
 def _number(option: str, text: str | None, low: int, high: int) -> int | None:

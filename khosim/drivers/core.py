@@ -22,6 +22,7 @@ from khosim.drivers.sev import Sev, SnpFlb
 from khosim.drivers.vfio_pci import VfioPci, VfioPciHandler
 from khosim.drivers.vtd import IntelIommu
 from khosim.errors import InputError, KernelError
+from khosim.machine.devices.vtd_registers import VtdUnit
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
@@ -72,7 +73,7 @@ class Drivers:
         self.iommu: IommuCore | None = None
         self.vfio: VfioPci | None = None
         self.sev: Sev | None = None
-        if devices.iommu is not None:
+        if isinstance(devices.iommu, VtdUnit):  # no driver for any other
             unit = IntelIommu(kernel, devices, devices.iommu.base)
             self.iommu = IommuCore(kernel, unit, IommuFlb() if has("iommu") else None)
             self.vfio = VfioPci(kernel, self.pci, self.iommu)

@@ -57,11 +57,14 @@ def drivers_of(kernel: Kernel) -> Drivers:
 
 
 class Vmm:
-    """The process behind one guest. ``devices`` are its open device files by name."""
+    """The process behind one guest. ``devices`` are its open device files by name.
+
+    ``memfd`` is None where its memory did not come.
+    """
 
     __slots__ = ("devices", "drivers", "hwpt", "iommufd", "kernel", "memfd", "plan", "vcpus", "vm")
 
-    def __init__(self, kernel: Kernel, plan: VmmPlan, memfd: Memfd) -> None:
+    def __init__(self, kernel: Kernel, plan: VmmPlan, memfd: Memfd | None) -> None:
         self.kernel = kernel
         self.plan = plan
         self.drivers = drivers_of(kernel)
@@ -84,6 +87,7 @@ class Vmm:
     def boot_vm(self) -> None:
         """A machine around the memory, from its first instruction."""
         plan = self.plan
+        assert self.memfd is not None
         self.vm = self.drivers.kvm.create_vm(plan.name, encrypted=plan.encrypted)
         self.vm.set_memory(plan.gpa, self.memfd)
         self.vcpus = [self.vm.create_vcpu(programme) for programme in plan.programmes]
@@ -111,6 +115,7 @@ class Vmm:
         if self.iommufd is None:
             self.iommufd = IommufdFile(self.drivers.iommu_of())
             self.hwpt = self.iommufd.alloc_hwpt()
+            assert self.memfd is not None
             self.iommufd.map_file(self.plan.gpa, self.memfd, 0, self.memfd.size)
             self.iommufd.mark_preserve(self.hwpt, _HWPT_TOKEN)
         return self.iommufd
@@ -125,7 +130,9 @@ class Vmm:
 
     def files(self) -> dict[str, File]:
         """All its files by what they are, in the order in which they can be preserved."""
-        found: dict[str, File] = {"memory": self.memfd}
+        found: dict[str, File] = {}
+        if self.memfd is not None:
+            found["memory"] = self.memfd
         if self.iommufd is not None:
             found["iommufd"] = self.iommufd
         found.update(self.devices)
@@ -139,10 +146,10 @@ class Vmm:
         """Put a guest together again from what came back, and let it run.
 
         ``files`` as :meth:`files` names them. Where machine or vCPUs did not come, the guest starts
-        over; where the page table did not, its devices stay blocked.
+        over; where the page table did not, its devices stay blocked; without memory there is no
+        guest, and the devices go on.
         """
-        memfd = files["memory"]
-        vmm = cls(kernel, plan, memfd)  # type: ignore[arg-type]
+        vmm = cls(kernel, plan, files.get("memory"))  # type: ignore[arg-type]
         for name, file in files.items():
             if isinstance(file, IommufdFile):
                 vmm.iommufd = file
@@ -163,6 +170,8 @@ class Vmm:
             for device in self.devices.values():
                 if device.hwpt is None:
                     device.bind_retrieved(self.iommufd)
+        if self.memfd is None:
+            return
         if self.vm is None or not self.vcpus:
             self.boot_vm()
             return

@@ -14,6 +14,7 @@ from khosim.kernel.release import MAINLINE, RELEASES, Release
 from khosim.machine.memory_map import MemoryMap
 
 if TYPE_CHECKING:
+    from khosim.machine.devices import Part
     from khosim.scenario.play import Player
 
 __all__ = (
@@ -122,6 +123,11 @@ class Limits:
     """Guests and devices that earlier steps start."""
     sessions: set[str] = dataclasses.field(default_factory=set)
     """Sessions that earlier steps make."""
+    vms: set[str] = dataclasses.field(default_factory=set)
+    """Machines that earlier steps start."""
+    devices: dict[str, str] = dataclasses.field(default_factory=dict)
+    """PCI addresses of the machine's devices by name."""
+    seed: int = 0
     folios_left: int = MAX_FOLIOS
     guest_folios_left: int = MAX_GUEST_FOLIOS
     content_left: int = MAX_CONTENT_BYTES
@@ -136,6 +142,8 @@ class KernelSpec:
     kernel_size: int | None = None
     initrd: int | None = None
     debug: bool = False
+    without: tuple[str, ...] = ()
+    """Pieces of live update that its drivers are built without."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +159,7 @@ class KexecSpec:
     kernel_size: int | None = None
     initrd: int | None = None
     debug: bool | None = None
+    without: tuple[str, ...] | None = None
     crash: bool = False
     expect: str = ACCEPTED
 
@@ -180,6 +189,10 @@ class Scenario:
     specs: tuple[GenerationSpec, ...]
     violations: frozenset[str] = frozenset()
     """Names of the invariants that must speak."""
+    parts: tuple[Part, ...] = ()
+    """What is in the machine besides memory."""
+    devices: dict[str, str] = dataclasses.field(default_factory=dict)
+    """PCI addresses of its devices by name."""
 
     def spec_of(self, generation: int) -> GenerationSpec:
         """The table of a generation, counted from 0."""

@@ -15,6 +15,7 @@ from typing import Any
 from khosim.capture.dmesg import parse_dmesg
 from khosim.capture.folder import Capture
 from khosim.capture.iomem import parse_iomem
+from khosim.drivers.core import PIECES
 from khosim.errors import InputError
 from khosim.kernel.arch import find_arch
 from khosim.kernel.release import Release, find_release, option_release
@@ -35,6 +36,7 @@ from khosim.scenario.model import (
 )
 from khosim.scenario.steps import parse_step
 from khosim.scenario.steps_base import check_expect
+from khosim.scenario.topology import read_topology
 from khosim.scenario.verdict import invariant_names
 from khosim.simulator import ALLOCATORS
 
@@ -62,6 +64,7 @@ class Overrides:
     nodes: int | None = None
     generations: int | None = None
     allocator: str | None = None
+    without: tuple[str, ...] = ()
 
 
 def parse_scenario(
@@ -130,12 +133,18 @@ class _Reader:
         machine = Table(top.any("machine") or {}, f"{self._place}: machine")
         memory_map, page_size = self._machine(machine)
         allocator = machine.choice("allocator", ALLOCATORS, "linux")
+        topology = read_topology(machine)
         machine.done()
         kernel = self._kernel(Table(top.any("kernel") or {}, f"{self._place}: kernel"))
         violations = frozenset(top.each("violations", 100, self._invariant))
+        without = self._without(Table(top.any("without") or {}, f"{self._place}: without"))
+        if wanted.without:
+            violations = frozenset().union(*(without.get(x, ()) for x in wanted.without))
         top.done()
         arch = find_arch(memory_map.arch, page_size)
         limits = Limits(page_size, arch.max_page_order, memory_map.ram_bytes)
+        limits.devices = topology.names
+        limits.seed = seed if wanted.seed is None else wanted.seed
         specs = tuple(
             self._generation(value, number, _repeats(number, len(tables), generations), limits)
             for number, value in enumerate(tables)
@@ -152,7 +161,17 @@ class _Reader:
             generations=generations,
             specs=specs,
             violations=violations,
+            parts=topology.parts,
+            devices=topology.names,
         )
+
+    def _without(self, table: Table) -> dict[str, frozenset[str]]:
+        # The invariants that must speak when a piece is left out.
+        found = {
+            piece: frozenset(table.each(piece, 100, self._invariant)) for piece in PIECES
+        }
+        table.done()
+        return found
 
     def _machine(self, table: Table) -> tuple[MemoryMap, int]:
         wanted = self._wanted
@@ -235,6 +254,7 @@ class _Reader:
             kernel_size=table.size("kernel_size", low=_KERNEL_MIN, high=_KERNEL_MAX),
             initrd=table.size("initrd", high=_KERNEL_MAX),
             debug=table.flag("debug"),
+            without=self._wanted.without or _pieces(table),
         )
         table.done()
         return spec
@@ -271,6 +291,7 @@ class _Reader:
             kernel_size=table.size("kernel_size", low=_KERNEL_MIN, high=_KERNEL_MAX),
             initrd=table.size("initrd", high=_KERNEL_MAX),
             debug=table.flag("debug") if table.has("debug") else None,
+            without=_pieces(table) if table.has("without") else None,
             crash=crash,
             expect=expect,
         )
@@ -283,6 +304,14 @@ class _Reader:
             close = did_you_mean(str(value), known)
             raise self._top.error(f"{what}: {value!r} is no invariant{close}")
         return value
+
+
+def _pieces(table: Table) -> tuple[str, ...]:
+    names = table.items("without", len(PIECES))
+    for i, name in enumerate(names, 1):
+        if name not in PIECES:
+            raise table.error(f"without, entry {i}: {name!r}{did_you_mean(str(name), PIECES)}")
+    return tuple(names)
 
 
 def _is_name(place: str) -> bool:

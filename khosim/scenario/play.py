@@ -26,6 +26,7 @@ from khosim.scenario.facts import (
 )
 from khosim.scenario.files import Carried
 from khosim.scenario.group import PRESERVED, Group
+from khosim.scenario.hosts import VmNote
 from khosim.scenario.kho_user import publish, subtree_room
 from khosim.scenario.model import (
     ACCEPTED,
@@ -54,7 +55,7 @@ _SMALL_KERNEL, _SMALL_INITRD, _INITRD = 4 << 20, 1 << 20, 8 << 20
 class Player:
     """Carries out one scenario.
 
-    ``groups``, ``region_keys``, ``files`` and ``agent`` are the outside observer's notes.
+    ``groups``, ``region_keys``, ``files``, ``vms`` and ``agent`` are the outside observer's notes.
     ``listener`` is told every event, ``after_step`` every step that is over.
     """
 
@@ -72,6 +73,7 @@ class Player:
         self.groups: dict[str, Group] = {}
         self.region_keys: dict[str, U64] = {}
         self.files: dict[str, Carried] = {}
+        self.vms: dict[str, VmNote] = {}
         self.agent = Agent()
         self.at_jump: list[Corrupt] = []
         self._after_step = after_step
@@ -83,6 +85,7 @@ class Player:
             page_size=scenario.page_size,
             allocator=scenario.allocator,
             seed=scenario.seed,
+            devices=scenario.parts,
         )
         if listener is not None:
             self.machine.listen(listener)
@@ -94,6 +97,11 @@ class Player:
         """The running kernel; while bytes are corrupted at the jump, the one that just left."""
         assert self._kernel is not None
         return self._kernel
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """Pieces of live update that are left out in the running kernel, and by its user space."""
+        return self._spec.without
 
     def serial(self) -> int:
         """A number that was not given out before in this run."""
@@ -338,6 +346,8 @@ class Player:
             else:
                 group.lose()
         self.agent.jump(accepted=outcome == ACCEPTED)
+        for vm in self.vms.values():
+            vm.vmm = None
         came = [it for note in self.agent.incoming.values() for it in note.files.values()]
         self.files = {it.name: it for it in came}
         for carried in came:
@@ -357,6 +367,7 @@ class Player:
             kernel_size=last.kernel_size if kexec.kernel_size is None else kexec.kernel_size,
             initrd=last.initrd if kexec.initrd is None else kexec.initrd,
             debug=last.debug if kexec.debug is None else kexec.debug,
+            without=last.without if kexec.without is None else kexec.without,
         )
 
     def _load_and_jump(self, spec: KernelSpec, crash: bool) -> None:
@@ -393,7 +404,9 @@ class Player:
             spec.release,
             arch=self.scenario.memory_map.arch,
             page_size=self.scenario.page_size,
-            config=KernelConfig(release=spec.release, debug=spec.debug),
+            config=KernelConfig(
+                release=spec.release, debug=spec.debug, without=spec.without
+            ),
             size=size,
         )
 

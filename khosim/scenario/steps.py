@@ -10,6 +10,16 @@ from khosim.scenario.steps_alloc import Blob, Folios, Pages
 from khosim.scenario.steps_content import Check, Corrupt, Write
 from khosim.scenario.steps_guest import DeviceStep, GuestStep, Stop
 from khosim.scenario.steps_hold import Free, Preserve, PreserveAt, Restore, Unpreserve
+from khosim.scenario.steps_host import (
+    Assign,
+    Clock,
+    Misbehave,
+    Peer,
+    PreserveVm,
+    ResumeVm,
+    Tick,
+    VmStep,
+)
 from khosim.scenario.steps_luo import (
     Close,
     Finish,
@@ -46,6 +56,14 @@ STEPS: Mapping[str, Callable[[Table, Limits], Step]] = {
         Close,
         Kill,
         Reboot,
+        VmStep,
+        Assign,
+        Peer,
+        Misbehave,
+        Clock,
+        Tick,
+        PreserveVm,
+        ResumeVm,
     )
 }
 """What reads each kind of step. A new kind: a class with ``do`` and ``parse``, and a name here."""

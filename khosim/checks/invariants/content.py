@@ -44,7 +44,7 @@ def _changed(look: Look, name: str, handed: Handed, pfns: list[int], what: str) 
 
 
 def _preserved_content(look: Look) -> Sequence[Violation]:
-    changed, handed = look.changed(), look.handed
+    changed, handed = look.by_kernels(look.changed()), look.handed
     if not changed or handed is None or look.refused:
         return ()
     preserved = holds(handed.covered, changed)

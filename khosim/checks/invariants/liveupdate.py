@@ -290,7 +290,7 @@ def _file_equal(look: Look) -> Sequence[Violation]:
             )
             found.append(look.says(name, text, phys))
             break
-    for pfn in was.kept.changed(was.pages)[:REPORTED_MAX]:
+    for pfn in look.by_kernels(was.kept.changed(was.pages))[:REPORTED_MAX]:
         text = (
             f"page {pfn << look.page_shift:#x} (pfn {pfn:#x}) of the memfd with token "
             f"{luo_file.token:#x} changed on the way"
