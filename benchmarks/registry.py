@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from benchmarks.devices import devices
 from benchmarks.handover import handover
 from benchmarks.harness import Context, Record
 from benchmarks.luo import luo
@@ -28,4 +29,5 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "tracking": tracking,
     "memory": memory,
     "luo": luo,
+    "devices": devices,
 }
