@@ -45,9 +45,10 @@ def devices(context: Context) -> Iterator[Record]:
 
 
 def _hand_over(guests: int, each: int) -> tuple[float, int]:
-    """CPU seconds from the first preserve to the last finish, and the bytes that became resident."""
+    """CPU seconds from the first preserve to the last finish; bytes that became resident."""
     from khosim import Machine
     from khosim.drivers.vmm import GUEST_BASE, Vmm, VmmPlan
+    from khosim.kernel.file import File
     from khosim.kernel.gup import memfd_pin_folios, unpin_folios
     from khosim.machine.devices import Bridge, Endpoint, Part, Transfer, Vtd, every
 
@@ -62,7 +63,7 @@ def _hand_over(guests: int, each: int) -> tuple[float, int]:
         f"{guests * 36}G", nodes=2, devices=parts if each else (), checks=False
     )
     kernel = machine.boot(cmdline="kho=on liveupdate=on")
-    started = []
+    started: list[dict[str, File]] = []
     for n in range(guests):
         memfd = kernel.memfd(f"vm{n}", size="32G", huge="always", nid=n % 2)
         if not each:

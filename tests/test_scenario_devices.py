@@ -8,6 +8,7 @@ import pytest
 
 from khosim import InputError
 from khosim.cli.main import main
+from khosim.drivers.core import PIECES
 from khosim.scenario.library import load_scenario
 from khosim.scenario.parse import Overrides, parse_scenario
 from khosim.scenario.play import Player, play
@@ -131,6 +132,23 @@ def test_what_a_guest_loses_is_told(piece: str, note: str) -> None:
     )
     assert note in result.kernels[1].steps[0].note
     assert not [text for text in result.failures if "invariant" not in text]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_piece_that_is_left_out_makes_one_invariant_speak(piece: str) -> None:
+    """The one that the scenario names for it, and no other."""
+    scenario = load_scenario("cloud-host-devices", overrides=Overrides(without=(piece,)))
+    assert len(scenario.violations) == 1
+    result = play(scenario)
+    assert {violation.invariant for violation in result.violations} == scenario.violations
+    assert result.ok, result.failures
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_all_pieces_nothing_speaks_whenever_devices_act(seed: int) -> None:
+    """Other moments, other pages: all invariants hold."""
+    overrides = Overrides(seed=seed, allocator="adversarial")
+    assert play(load_scenario("devices-worst-moment", overrides=overrides)).ok
 
 
 def test_a_clock_at_moments_counts_from_its_step() -> None:

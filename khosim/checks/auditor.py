@@ -11,10 +11,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from khosim.checks.decode import decode_handover
+from khosim.checks.device_watch import DeviceWatch
 from khosim.checks.formats import format_of
 from khosim.checks.history import Handed, History
 from khosim.checks.invariants import INVARIANTS, Invariant
-from khosim.checks.look import AT_ANY_TIME, BOOTED, IN_BETWEEN, JUMP, RETRIEVED, TAKEOVER, Look
+from khosim.checks.look import (
+    AT_ANY_TIME,
+    BOOTED,
+    IN_BETWEEN,
+    JUMP,
+    REBOOT,
+    RETRIEVED,
+    TAKEOVER,
+    Look,
+)
 from khosim.checks.ranges import merged
 
 if TYPE_CHECKING:
@@ -45,13 +55,22 @@ class Auditor:
     ``invariants`` is what it asks about; all of them by default. Each violation is reported once.
     """
 
-    __slots__ = ("_by_stage", "_history", "_known", "_violations", "hardware", "invariants")
+    __slots__ = (
+        "_by_stage",
+        "_history",
+        "_known",
+        "_leaving",
+        "_violations",
+        "hardware",
+        "invariants",
+    )
 
     def __init__(self, hardware: Hardware, invariants: Sequence[Invariant] = INVARIANTS) -> None:
         self.hardware = hardware
         self.invariants = tuple(invariants)
         self._by_stage = _ALL if invariants is INVARIANTS else _by_stage(invariants)
         self._history = History()
+        self._leaving: DeviceWatch | None = None
         self._violations: list[Violation] = []
         self._known: set[tuple[str, int, str]] = set()
 
@@ -60,8 +79,11 @@ class Auditor:
         self._history = History()
 
     def observe(self, kernel: KernelView, stage: str) -> None:
-        """A kernel has reached a stage: "takeover", "booted", "retrieved" or "jump"."""
+        """A kernel has reached a stage: "takeover", "booted", "retrieved", "reboot" or "jump"."""
         history = self._history
+        if stage == REBOOT:
+            self._leaving = DeviceWatch(self.hardware, kernel, history.devices)
+            return
         if stage == RETRIEVED:
             self._ask(Look(self.hardware, kernel, RETRIEVED, history))
             return
@@ -116,6 +138,8 @@ class Auditor:
             found = check(look)
             if found:
                 self._report(found)
+        if look.history.devices is not None and look.hardware.devices is not None:
+            look.history.devices.seen = len(look.hardware.devices.events)
 
     def _report(self, found: Sequence[Violation]) -> None:
         for violation in found:
@@ -129,6 +153,7 @@ class Auditor:
 
     def _remember(self, look: Look) -> None:
         outgoing, kernel = look.outgoing, look.kernel
+        self._history.devices, self._leaving = self._leaving, None
         self._history.handed = None
         if outgoing is not None and kernel is not None:
             self._history.handed = Handed(

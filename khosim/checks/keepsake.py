@@ -59,11 +59,12 @@ class _Bytes:
 class Keepsake:
     """The content of ``ranges`` (sorted, disjoint, in pages) when this was made."""
 
-    __slots__ = ("_content", "_digests", "_frames", "_memory", "_page_size", "_shift")
+    __slots__ = ("_content", "_digests", "_frames", "_memory", "_page_size", "_shift", "ranges")
 
     def __init__(self, memory: Memory, ranges: Ranges, page_size: int) -> None:
         self._memory = memory
         self._page_size = page_size
+        self.ranges = ranges
         self._shift = page_size.bit_length() - 1
         self._digests: Digests | None = None
         frames = self._worth_reading(ranges)

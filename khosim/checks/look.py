@@ -36,6 +36,7 @@ __all__ = (
     "BOOTED",
     "IN_BETWEEN",
     "JUMP",
+    "REBOOT",
     "RETRIEVED",
     "TAKEOVER",
     "Look",
@@ -50,6 +51,8 @@ TAKEOVER = "takeover"
 BOOTED = "booted"
 JUMP = "jump"
 """The kernel is frozen and about to leave."""
+REBOOT = "reboot"
+"""The kernel is about to be frozen: nothing was asked of its devices yet."""
 RETRIEVED = "retrieved"
 """A file of a session was retrieved just now, and nobody has used it yet."""
 AT_ANY_TIME = "check"

@@ -344,6 +344,8 @@ def kernel_kexec(kernel: Kernel, image: Kimage | None = None) -> None:
         raise KernelError(errno.EINVAL, "kernel_kexec", "no image is loaded")
     comes_back = image.preserve_context and kernel.release.luo_skips_preserve_context
     if not comes_back and not image.is_crash:
+        if kernel.host is not None and kernel.drivers is not None:
+            kernel.host.checkpoint(kernel, "reboot")
         kernel.liveupdate.reboot()
         if kernel.drivers is not None:
             kernel.drivers.shutdown()

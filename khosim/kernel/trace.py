@@ -48,7 +48,8 @@ class Host(Protocol):
         """The kernel has reached ``stage``.
 
         "takeover": what was preserved is reserved, memblock still serves; "booted";
-        "retrieved": a file of a session came back just now; "jump": frozen and about to leave.
+        "retrieved": a file of a session came back just now; "reboot": about to be frozen (only
+        where there are devices); "jump": frozen and about to leave.
         """
 
     def kexec(self, kernel: Kernel, **options: Any) -> Kernel:

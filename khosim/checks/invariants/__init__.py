@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from khosim.checks.invariants import content, incoming, liveupdate, outgoing, pages
+from khosim.checks.invariants import content, devices, incoming, liveupdate, outgoing, pages
 from khosim.checks.invariants.base import Invariant
 
 __all__ = ("INVARIANTS", "Invariant")
@@ -16,4 +16,5 @@ INVARIANTS: tuple[Invariant, ...] = (
     *content.INVARIANTS,
     *pages.INVARIANTS,
     *liveupdate.INVARIANTS,
+    *devices.INVARIANTS,
 )
