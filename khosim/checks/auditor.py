@@ -15,6 +15,7 @@ from khosim.checks.device_watch import DeviceWatch
 from khosim.checks.formats import format_of
 from khosim.checks.history import Handed, History
 from khosim.checks.invariants import INVARIANTS, Invariant
+from khosim.checks.invariants.base import DEVICES
 from khosim.checks.look import (
     AT_ANY_TIME,
     BOOTED,
@@ -47,6 +48,7 @@ def _by_stage(invariants: Sequence[Invariant]) -> _Checks:
 
 
 _ALL = _by_stage(INVARIANTS)
+_WITHOUT_DEVICES = _by_stage([it for it in INVARIANTS if it.kind != DEVICES])
 
 
 class Auditor:
@@ -68,7 +70,8 @@ class Auditor:
     def __init__(self, hardware: Hardware, invariants: Sequence[Invariant] = INVARIANTS) -> None:
         self.hardware = hardware
         self.invariants = tuple(invariants)
-        self._by_stage = _ALL if invariants is INVARIANTS else _by_stage(invariants)
+        everyday = _ALL if hardware.devices is not None else _WITHOUT_DEVICES
+        self._by_stage = everyday if invariants is INVARIANTS else _by_stage(invariants)
         self._history = History()
         self._leaving: DeviceWatch | None = None
         self._violations: list[Violation] = []
@@ -138,8 +141,9 @@ class Auditor:
             found = check(look)
             if found:
                 self._report(found)
-        if look.history.devices is not None and look.hardware.devices is not None:
-            look.history.devices.seen = len(look.hardware.devices.events)
+        machine, watch = look.hardware.devices, look.history.devices
+        if machine is not None and watch is not None:
+            watch.seen = len(machine.events)
 
     def _report(self, found: Sequence[Violation]) -> None:
         for violation in found:

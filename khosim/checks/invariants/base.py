@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from khosim.checks.look import Look
     from khosim.checks.violation import Violation
 
-__all__ = ("ALWAYS", "REPORTED_MAX", "Invariant")
+__all__ = ("ALWAYS", "DEVICES", "REPORTED_MAX", "Invariant")
 
 ALWAYS = "always"
+DEVICES = "devices"
+"""The kind that is asked about only where a machine has devices."""
 REPORTED_MAX = 16
 """How many places one look reports for one invariant; the rest is counted."""
 

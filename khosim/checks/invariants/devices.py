@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from khosim.checks.device_watch import assigned_to, pages_of
-from khosim.checks.invariants.base import REPORTED_MAX, Invariant
+from khosim.checks.invariants.base import DEVICES, REPORTED_MAX, Invariant
 from khosim.checks.look import AT_ANY_TIME, BOOTED, IN_BETWEEN, JUMP, RETRIEVED, TAKEOVER
 from khosim.checks.ranges import holds, merged
 
@@ -281,41 +281,48 @@ INVARIANTS = (
         "Every DMA lands in memory that still belongs to the device's guest.",
         _ALWAYS,
         _dma_in_owner,
+        DEVICES,
     ),
     Invariant(
         "guest-bytes",
         "No byte of a guest changes but by its own devices and vCPUs.",
         _ALWAYS - {RETRIEVED},
         _guest_bytes,
+        DEVICES,
     ),
     Invariant(
         "translation-kept",
         "The translation of a running device never changes.",
         _ALWAYS,
         _translation_kept,
+        DEVICES,
     ),
     Invariant(
         "device-not-reset",
         "No device that goes on is reset.",
         _ALWAYS,
         _device_not_reset,
+        DEVICES,
     ),
     Invariant(
         "device-identity",
         "A device that goes on keeps its bus number, its BARs and the bus.",
         _ALWAYS,
         _device_identity,
+        DEVICES,
     ),
     Invariant(
         "interrupt-kept",
         "No interrupt of a device that goes on is lost for good.",
         _ALWAYS,
         _interrupt_kept,
+        DEVICES,
     ),
     Invariant(
         "rmp-owner",
         "An encrypted guest keeps its key and its pages.",
         _ALWAYS,
         _rmp_owner,
+        DEVICES,
     ),
 )
