@@ -9,7 +9,7 @@ import pytest
 from khosim import Machine
 from khosim.drivers.vmm import GUEST_BASE, Vmm, VmmPlan
 from khosim.kernel.kernel import Kernel
-from khosim.machine.devices import Bridge, Devices, Endpoint, Snp, Transfer, Vtd, every
+from khosim.machine.devices import Bridge, Devices, Endpoint, Snp, Transfer, Vtd, at, every
 
 NIC, GPU, PORT = "0000:3b:00.0", "0000:3c:00.0", "0000:00:01.0"
 PARTS = (
@@ -77,6 +77,17 @@ def test_nothing_speaks_where_nothing_happens() -> None:
     assert host.spoke() == set()
     host.resume()
     host.devices.tick()
+    assert host.spoke() == set()
+
+
+@pytest.mark.parametrize("moment", range(5, 150, 16))
+def test_nothing_speaks_of_one_dma_at_any_moment(moment: int) -> None:
+    """One device, one step, somewhere between the jump and the end of the update."""
+    host = Host()
+    host.devices.clock.schedule = at([(host.devices.clock.now + moment, NIC)])
+    host.resume()
+    dmas = [event for event in host.devices.events if event.kind == "dma"]
+    assert [event.detail["dma"].outcome for event in dmas] == ["done"]
     assert host.spoke() == set()
 
 

@@ -56,6 +56,14 @@ def _events(look: Look, kind: str) -> list[Any]:
     return [event for event in machine.events[watch.seen :] if event.kind == kind]
 
 
+def _dmas(look: Look) -> dict[str, list[Any]]:
+    # Every DMA since the last look, by the device's name.
+    found: dict[str, list[Any]] = {}
+    for event in _events(look, "dma"):
+        found.setdefault(event.source, []).append(event.detail["dma"])
+    return found
+
+
 # -- memory ---------------------------------------------------------------------------------------
 
 
@@ -75,7 +83,7 @@ def _belonging(look: Look) -> Ranges | None:
 
 def _dma_in_owner(look: Look) -> Sequence[Violation]:
     name = "dma-in-owner"
-    dmas = [event.detail["dma"] for event in _events(look, "dma")]
+    dmas = _dmas(look)
     if not dmas:
         return ()
     found: dict[str, Violation] = {}
@@ -85,8 +93,8 @@ def _dma_in_owner(look: Look) -> Sequence[Violation]:
         if not _is_itself(device, function):
             continue
         pages: set[int] = set()
-        for dma in dmas:
-            if dma.name != device.name or dma.outcome != "done":
+        for dma in dmas.get(device.name, ()):
+            if dma.outcome != "done":
                 continue
             wanted = device.target(dma.iova, dma.len_bytes)
             if wanted is None:
@@ -140,7 +148,7 @@ def _guest_bytes(look: Look) -> Sequence[Violation]:
 def _translation_kept(look: Look) -> Sequence[Violation]:
     name = "translation-kept"
     found: dict[str, Violation] = {}
-    dmas = [event.detail["dma"] for event in _events(look, "dma")]
+    dmas = _dmas(look)
     unit = getattr(look.hardware.devices, "iommu", None)
     for watch, device, function in _watched(look):
         if not _is_itself(device, function) or not device.top:
@@ -156,8 +164,8 @@ def _translation_kept(look: Look) -> Sequence[Violation]:
             if pages:
                 at = pages[0] << look.page_shift
                 text = f"the page table of {device.name} changed at {at:#x}"
-        for dma in dmas:
-            if text or dma.name != device.name or dma.outcome in ("master-abort", "no-power"):
+        for dma in dmas.get(device.name, ()):
+            if text or dma.outcome in ("master-abort", "no-power"):
                 continue
             wanted = device.target(dma.iova, dma.len_bytes)
             if wanted is not None and list(dma.runs) != wanted:
@@ -190,9 +198,9 @@ def _device_identity(look: Look) -> Sequence[Violation]:
     found: dict[str, Violation] = {}
     moved = {event.source: event.detail for event in _events(look, "renumbered")}
     silent = {
-        event.detail["dma"].name
-        for event in _events(look, "dma")
-        if event.detail["dma"].outcome == "master-abort"
+        name
+        for name, dmas in _dmas(look).items()
+        if any(dma.outcome == "master-abort" for dma in dmas)
     }
     for _, device, function in _watched(look):
         if function.resets != device.resets:
@@ -233,12 +241,13 @@ def _interrupt_kept(look: Look) -> Sequence[Violation]:
             text = f"interrupts that were posted to {vcpu.name} are gone"
             found.append(look.says(name, text, vcpu.pi_desc))
     unit = machine.iommu
+    interrupts = _events(look, "interrupt")
     for _, device, function in _watched(look):
         if not _is_itself(device, function) or not getattr(unit, "translates", True):
             continue
         lost = [
             event.detail["outcome"]
-            for event in _events(look, "interrupt")
+            for event in interrupts
             if event.source == device.name and event.detail["outcome"] in _LOST
         ]
         if lost and watch.context_now(look.hardware, device) == device.context:
