@@ -385,6 +385,19 @@ def test_without_kvm_posted_interrupts_are_lost() -> None:
     assert successor.page(last >> 12).kind in ("free", "allocated", "reserved")
 
 
+@pytest.mark.parametrize("release", ["6.16", "6.19", "7.0", "7.2"])
+def test_older_kernels_do_with_devices_what_they_can(release: str) -> None:
+    """Without FLBs, or without LUO, nothing is preserved, and nothing stumbles."""
+    machine = _machine(Snp())
+    kernel = machine.boot(release, cmdline="kho=on liveupdate=on", kernel_size="8M")
+    vmm = _guest(kernel)
+    successor = kernel.kexec()
+    assert bool(drivers_of(successor).pci.liveupdate) == bool(successor.release.luo_flb)
+    assert not _function(successor, NIC).bus_master
+    assert not machine.check()
+    assert vmm.vcpus[0].rip == 0
+
+
 def test_pieces_are_those_that_the_tests_leave_out() -> None:
     """Each piece has its test above or beside the encrypted guests'."""
     assert PIECES == ("guest-memory", "kvm", "iommu", "vfio", "pci", "snp")

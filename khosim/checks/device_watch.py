@@ -131,7 +131,7 @@ class DeviceWatch:
         self.tables: dict[int, Keepsake] = {}
         self.root = getattr(machine.iommu, "root_phys", 0)
         drivers = kernel.drivers
-        if drivers is None:
+        if drivers is None or not kernel.liveupdate.enabled:
             return
         sessions = {id(file.file): name for name, file in outgoing_files(kernel)}
         for rid, file in getattr(drivers.vfio, "open_files", {}).items():
