@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ("reachable_pages",)
 
+_WORDS_BYTES = 64
+_BLOCKS_MAX = 10_000
+
 
 def reachable_pages(hardware: Hardware, kernel: KernelView) -> Ranges:
     """Page frames of blocks, records and folios of all sessions for the successor."""
@@ -42,7 +45,8 @@ def reachable_pages(hardware: Hardware, kernel: KernelView) -> Ranges:
         pages.append(header[3])
     for session in sessions.sessions.values():
         pages += session.file_set.block_set.blocks
-    pages += [private.outgoing.data for private in luo.flb.registered]
+    for private in luo.flb.registered:
+        pages += _of_shared_object(hardware, private.outgoing.data)
     folios: list[Ranges] = []
     for name, luo_file in outgoing_files(kernel):
         phys = luo_file.serialized_data
@@ -61,6 +65,23 @@ def reachable_pages(hardware: Hardware, kernel: KernelView) -> Ranges:
     pages += walk.pages
     pfns = np.array([phys >> shift for phys in pages if 0 < phys < 1 << 63], dtype=np.int64)
     return merged((np.sort(pfns), np.sort(pfns) + 1), *folios)
+
+
+def _of_shared_object(hardware: Hardware, phys: int) -> list[int]:
+    # The page of a shared object, and the KHO blocks that its first words lead to: chained by their
+    # own first word.
+    ram, page_size = hardware.ram, hardware.page_size
+    pages = [phys]
+    if not phys or not hardware.is_ram(phys, _WORDS_BYTES):
+        return pages
+    words = memoryview(ram.read(phys, _WORDS_BYTES)).cast("Q").tolist()
+    for word in words:
+        while word and not word % page_size and hardware.is_ram(word, page_size):
+            if word in pages or len(pages) > _BLOCKS_MAX:
+                break
+            pages.append(word)
+            word = ram.read_u64(word)
+    return pages
 
 
 def _folios_of(file: object) -> Ranges:
