@@ -18,6 +18,14 @@ STABLE = tuple(name for name in RELEASES if name not in MAINLINE)
 HOSTS = ("cloud-host", "cloud-host-4k", "kho-host")
 """Large ones: here with less memory, and without a third kernel."""
 NEWER = "6.19, 7.0, 7.1, 7.2, 7.3"
+DEVICES = {
+    "cloud-host-devices": 16,
+    "devices-misbehave": 8,
+    "devices-no-driver": 5,
+    "devices-refused-freeze": 6,
+    "devices-worst-moment": 6,
+}
+"""The first step of each that needs live update with FLBs."""
 NO_LUO = ("6.16", "6.17", "6.18", "6.16.4", "6.17.4", "6.17.9", "6.18.y")
 
 
@@ -42,6 +50,14 @@ def test_it_runs_or_says_why_not(scenario: str, release: str, capsys: Any) -> No
         assert told.err == (
             f"khosim: cloud-host-4k: generation 0, step 7 (session): Linux {release} has no "
             f"live update; {NEWER} have\n"
+        )
+        return
+    if scenario in DEVICES and release in (*NO_LUO, "6.19"):
+        assert (status, told.out) == (2, "")
+        assert told.err == (
+            f"khosim: {scenario}: generation 0, step {DEVICES[scenario]} (preserve_vm): Linux "
+            f"{release} has no live update with file-lifecycle-bound data; "
+            "7.0, 7.1, 7.2, 7.3 have\n"
         )
         return
     assert (status, told.err) == (0, "")

@@ -23,6 +23,7 @@ from khosim.scenario.steps_guest import file_name
 
 if TYPE_CHECKING:
     from khosim.drivers.vfio_pci import VfioDeviceFile
+    from khosim.kernel.release import Release
     from khosim.machine.devices import Devices, Schedule
     from khosim.scenario.play import Player
 
@@ -108,9 +109,7 @@ class VmStep(StepBase):
         plan = VmmPlan(self.name, self.gpa, self.encrypted, ())
         note = VmNote(plan, guest)
         keys = first_keys(player.seed, f"{self.name}:{player.serial()}", self.vcpus)
-        programmes = tuple(
-            ((note.free_gpa(_PAGE), _PAGE, int(key)),) for key in keys
-        )
+        programmes = tuple(((note.free_gpa(_PAGE), _PAGE, int(key)),) for key in keys)
         note.plan = plan._replace(programmes=programmes)
         note.vmm = Vmm.start(player.kernel, note.plan, memfd)
         player.vms[self.name] = note
@@ -245,10 +244,7 @@ class Clock(StepBase):
         elif given == ["chance"]:
             schedule = seeded(limits.seed, table.fraction("chance", 0.5))
         elif given == ["at"]:
-            read = [
-                table.whole("at", value, 0, _MAX_EVENT)
-                for value in table.items("at", 10_000)
-            ]
+            read = [table.whole("at", value, 0, _MAX_EVENT) for value in table.items("at", 10_000)]
             schedule = at(read)
         return cls(**cls.common(table, limits, name="devices"), schedule=schedule)
 
@@ -294,7 +290,16 @@ class Tick(StepBase):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PreserveVm(StepBase):
+class _CrossingStep(StepBase):
+    """A step of a machine that crosses a kexec together with its devices."""
+
+    def lacks(self, release: Release) -> str:
+        """Data bound to files' lifecycles, as what devices share is, came with 7.0."""
+        return "" if release.luo_flb else "live update with file-lifecycle-bound data"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PreserveVm(_CrossingStep):
     """Preserve a machine with memory, devices and vCPUs in a session of its own."""
 
     do: ClassVar[str] = "preserve_vm"
@@ -322,7 +327,7 @@ class PreserveVm(StepBase):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ResumeVm(StepBase):
+class ResumeVm(_CrossingStep):
     """Get a machine back from its session, finish that, and let it run on."""
 
     do: ClassVar[str] = "resume_vm"
