@@ -259,6 +259,6 @@ def test_exhaustive_search_finds_the_shortest() -> None:
 
 
 def test_exhaustive_search_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """``--exhaustive 1`` of folios and blobs on 7.3 is silent, and says how much it tried."""
-    assert main(["explore", "subtrees", "--exhaustive", "1", "--json"]) == 0
+    """``--exhaustive 1`` of pages on 7.3 is silent, and says how much it tried."""
+    assert main(["explore", "pages", "--exhaustive", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["explored"] > 5

@@ -40,8 +40,9 @@ MAY_USE: dict[str, set[str]] = {
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "__init__"},
     "blackout": BASE | {"kernel", "scenario"},
     "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
-    "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
-    "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
+    "faults": BASE | {"machine", "abi", "kernel", "checks"},
+    "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "faults"},
+    "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "faults"},
     "view": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "matrix", "bugs"}
     | {"__init__"},

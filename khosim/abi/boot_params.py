@@ -32,6 +32,7 @@ __all__ = (
     "parse_kho_data",
     "parse_setup_data",
     "setup_header",
+    "with_e820",
 )
 
 BOOT_PARAMS_BYTES = 4096
@@ -117,6 +118,16 @@ def pack_boot_params(
     struct.pack_into("<I", page, 0x228, cmd_line_ptr & 0xFFFFFFFF)
     struct.pack_into("<Q", page, 0x250, setup_data)
     return bytes(page)
+
+
+def with_e820(page: bytes, e820: Sequence[tuple[int, int, int]]) -> bytes:
+    """A page of ``struct boot_params`` with another E820 table, sorted."""
+    changed = bytearray(page)
+    entries = sorted(e820)[:_E820_MAX]
+    changed[0x1E8] = len(entries)
+    for i, entry in enumerate(entries):
+        _E820.pack_into(changed, _E820_AT + i * _E820.size, *entry)
+    return bytes(changed)
 
 
 def parse_boot_params(page: bytes) -> BootParams:

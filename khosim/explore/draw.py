@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from khosim.explore.catalog import GIVES_BACK, KINDS, SCENARIOS
 from khosim.explore.kinds import NEW, Kind
+from khosim.explore.kinds_boot import machine_weight
 from khosim.explore.world import Step, World
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ("is_drained", "named", "random_run")
 
 _STEPS_MAX = 24
+_REFUSALS_MAX = 3
 
 
 def named(world: World, kind: Kind, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -35,14 +37,9 @@ def named(world: World, kind: Kind, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def random_run(seed: str, scenario: str, release: str | Release = "7.3") -> World:
     """One program of ``scenario`` drawn from ``seed``, carried out and judged."""
     random = Random(seed)
-    chance = 0.5 if scenario == "all" else 0.85
-    groups = [group for group in SCENARIOS[scenario] if random.random() < chance]
+    groups = _groups(random, scenario)
     world = World(KINDS, release)
-    boot = KINDS["boot"]
-    specs = boot.choices(world)
-    plain = [args for args in specs if args[1] == "kho=on liveupdate=on"]
-    odd = "region" in groups or ("successors" in groups and random.random() < 0.5)
-    world.run(Step("boot", random.choice(specs if odd else plain)))
+    world.run(Step("boot", _machine(random, world, groups)))
     if world.is_over:
         world.judge()
         return world
@@ -53,6 +50,29 @@ def random_run(seed: str, scenario: str, release: str | Release = "7.3") -> Worl
     drained = random.random() < 0.7 and _give_back(world)
     world.judge(drained=drained)
     return world
+
+
+def _groups(random: Random, scenario: str) -> list[str]:
+    # Most programs of "all" are about one thing, with a little of all others.
+    chance = 0.85
+    wanted = SCENARIOS[scenario]
+    extra: list[str] = []
+    if scenario == "all":
+        if random.random() < 0.7:
+            wanted = SCENARIOS[random.choice([name for name in SCENARIOS if name != "all"])]
+            extra = [group for group in SCENARIOS["all"] if random.random() < 0.08]
+        else:
+            chance = 0.4
+    return list(dict.fromkeys([g for g in wanted if random.random() < chance] + extra))
+
+
+def _machine(random: Random, world: World, groups: Sequence[str]) -> tuple[Any, ...]:
+    choices = KINDS["boot"].choices(world)
+    specs = list(dict.fromkeys(args[0] for args in choices))
+    spec = random.choices(specs, [machine_weight(spec) for spec in specs])[0]
+    lines = [args for args in choices if args[0] == spec]
+    odd = "region" in groups or "successors" in groups
+    return random.choice(lines) if odd and random.random() < 0.6 else lines[0]
 
 
 def _random_step(
@@ -68,13 +88,21 @@ def _random_step(
         args = random.choice(choices)
         if kind.name == "kexec" and ("successors" not in groups or random.random() < 0.4):
             args = choices[0]
-        fault, boot = 0, False
-        if "faults" in groups and kind.can_fail and random.random() < 0.25:
-            boot = kind.name == "kexec" and random.random() < 0.7
-            fault = random.randrange(1, 40 if kind.name == "kexec" else 16)
-        world.run(Step(kind.name, named(world, kind, args), fault, boot))
+        step = Step(kind.name, named(world, kind, args), *_fault(random, kind, groups))
+        world.run(step)
         return True
     return False
+
+
+def _fault(random: Random, kind: Kind, groups: Sequence[str]) -> tuple[int, bool, bool]:
+    # Most calls ask for memory a few times only, a boot some dozens of times.
+    if "oops" in groups and kind.name not in ("kexec", "reset") and random.random() < 0.1:
+        return random.randrange(1, random.choice((4, 12))), False, True
+    if "faults" not in groups or not kind.can_fail or random.random() > 0.25:
+        return 0, False, False
+    boot = kind.name == "kexec" and random.random() < 0.7
+    most = 40 if kind.name == "kexec" else random.choice((3, 8, 16))
+    return random.randrange(1, most), boot, False
 
 
 def _weight(world: World, kind: Kind) -> int:
@@ -88,16 +116,21 @@ def is_drained(world: World) -> bool:
     """Whether the author holds nothing any more."""
     if world.cursed:
         return False
-    return all(item.kind == "ledger" and not item["gets"] for item in world.items.values())
+    return all(
+        item.state == "lost" or (item.kind == "ledger" and not item["gets"])
+        for item in world.items.values()
+    )
 
 
 def _give_back(world: World) -> bool:
+    refused = 0
     for _ in range(0 if world.is_over else 120):
         for name in GIVES_BACK:
             choices = KINDS[name].choices(world)
             if choices and (name != "ledger" or world.of("file", "incoming")):
                 step = Step(name, named(world, KINDS[name], choices[0]))
-                if world.run(step) or world.is_over:
+                refused += bool(world.run(step))
+                if world.is_over or refused > _REFUSALS_MAX:
                     return False
                 break
         else:

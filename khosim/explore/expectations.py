@@ -11,14 +11,20 @@ from typing import NamedTuple
 __all__ = (
     "EXPECTATIONS",
     "Expectation",
+    "is_expected_after_death",
     "is_expected_leak",
     "is_expected_message",
     "is_expected_panic",
+    "is_expected_writer",
 )
 
 
 class Expectation(NamedTuple):
-    """One accepted peculiarity. ``kind`` is "message", "leak" or "panic"; ``what`` begins it."""
+    """One accepted peculiarity. ``what`` begins it.
+
+    ``kind`` is "message", "leak", "panic", "writer" of handed-over pages, or "death", which names
+    an invariant that is not asked any more once a task died in the middle of a call.
+    """
 
     name: str
     kind: str
@@ -72,6 +78,22 @@ EXPECTATIONS = (
         "release_by_name has no need of.",
     ),
     Expectation(
+        "devices-write-on",
+        "writer",
+        "device",
+        "A device that writes to memory while kernels change does so on purpose: what it wrote is "
+        "what has to arrive.",
+    ),
+    *(
+        Expectation(
+            "the-dead-leave-things",
+            "death",
+            invariant,
+            "A task that dies in the middle of a call leaves what it was at: nobody undoes it.",
+        )
+        for invariant in ("all-given-back", "luo-no-leftovers", "luo-preserved", "luo-references")
+    ),
+    Expectation(
         "no-memory-for-luo-is-fatal",
         "panic",
         "The incoming tree failed to initialize properly [-ENOMEM]",
@@ -99,3 +121,13 @@ def is_expected_message(message: str) -> bool:
 def is_expected_panic(message: str, *, lacks_memory: bool) -> bool:
     """Whether a kernel that was refused memory may die with these words."""
     return lacks_memory and _expected("panic", message)
+
+
+def is_expected_writer(invariant: str, writer: str) -> bool:
+    """Whether handed-over content may have been changed by ``writer``."""
+    return invariant == "preserved-content" and _expected("writer", writer)
+
+
+def is_expected_after_death(invariant: str) -> bool:
+    """Whether an invariant may be broken once a task died in the middle of a call."""
+    return _expected("death", invariant)

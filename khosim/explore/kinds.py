@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from khosim.explore.world import World
 
-__all__ = ("NEW", "Args", "Kind", "is_lawful")
+__all__ = (
+    "NEW",
+    "Args",
+    "Kind",
+    "gone",
+    "is_lawful",
+    "lost",
+    "nothing",
+    "of",
+    "preservable",
+    "to",
+)
 
 Args = tuple[Any, ...]
 NEW = "?"
@@ -41,6 +52,47 @@ class Kind:
     """It asks for memory, which a fault may refuse."""
     takes_any: bool = False
     """Any arguments are lawful, not only the listed ones: what goes onto a command line."""
+
+
+def nothing(world: World, args: Args) -> None:
+    """No books to keep."""
+
+
+def of(kind: str, *states: str) -> Callable[[World], list[Args]]:
+    """Choices: the items of a kind, in one of ``states`` or in any."""
+
+    def choices(world: World) -> list[Args]:
+        return [(item.name,) for item in world.of(kind, *states)]
+
+    return choices
+
+
+def preservable(kind: str) -> Callable[[World], list[Args]]:
+    """Choices: the items of a kind that can be preserved now."""
+
+    def choices(world: World) -> list[Args]:
+        return [(item.name,) for item in world.of(kind, "held")] if world.can_preserve else []
+
+    return choices
+
+
+def to(state: str) -> Callable[[World, Args], None]:
+    """Books: the item is in ``state`` from now on."""
+
+    def done(world: World, args: Args) -> None:
+        world.items[args[0]].state = state
+
+    return done
+
+
+def lost(world: World, args: Args) -> None:
+    """Books: there is nothing that the author could do with the item any more."""
+    world.items[args[0]].state = "lost"
+
+
+def gone(world: World, args: Args) -> None:
+    """Books: the item is no more."""
+    world.drop(args[0])
 
 
 def is_lawful(world: World, kind: Kind, args: Args) -> bool:

@@ -7,17 +7,40 @@ the machine has.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from khosim.explore.hazards import fixed
 from khosim.explore.kinds import Args, Kind
 
 if TYPE_CHECKING:
     from khosim.explore.world import Item, World
+    from khosim.kernel.behaviours import Release
 
-__all__ = ("KINDS",)
+__all__ = ("KINDS", "machine_weight")
 
 _BASE = "kho=on liveupdate=on"
-_MACHINES = ('"64M"', '"96M", nodes=2', '"64M", allocator="adversarial"', '"4G"')
+_MACHINES = (
+    '"64M"',
+    '"96M", nodes=2',
+    '"64M", allocator="adversarial"',
+    '"4G"',
+    '"96M", nodes=["45M", "51M"]',
+    '"64M", memoryless=[1]',
+    '"512M", arch="arm64", page_size=65536',
+)
+"""Small and plain ones first; a node's border may be anywhere."""
+_WEIGHTS = (10, 4, 4, 1, 3, 1, 1)
+
+
+def machine_weight(spec: str) -> int:
+    """How often a machine is taken."""
+    return _WEIGHTS[_MACHINES.index(spec)]
+
+
+
+_NAMES = ("a", "b", "a@1")
+"""Of regions. libfdt finds a node by its name without what stands behind an ``@``, too."""
 
 
 def _region_words(name: str) -> list[str]:
@@ -26,13 +49,21 @@ def _region_words(name: str) -> list[str]:
     return [f"reserve_mem={size}:{align}:{name}" for size in sizes for align in (64, page)]
 
 
+def _regions(count: int) -> str:
+    return " ".join(f"reserve_mem=4096:4096:r{i}" for i in range(count))
+
+
 def _boot_choices(world: World) -> list[Args]:
     if world.has_kernel:
         return []
     lines = [_BASE]
     lines += [f"{_BASE} {word}" for word in _region_words("a")]
     lines += [f"{_BASE} reserve_mem=4096:4096:a reserve_mem=8192:4096:b", "kho=off", "kho=on"]
-    sizes = ("8M,8M,0", "1M,64M,1M", "300%", "8M,64M,8G", "8M,8G,8M", "8G,8M,8M")
+    lines += [f"{_BASE} reserve_mem=4096:4096:a@1"]
+    lines += [f"{_BASE} reserve_mem=4096:4096:a@1 reserve_mem=4096:4096:a"]
+    lines += [f"{_BASE} {_regions(count)}" for count in (8, 9)]
+    sizes = ["8M,8M,0", "1M,64M,1M", "300%", "8M,64M,8G", "8M,8G,8M", "8G,8M,8M"]
+    sizes += ["0%", "1%", "0,0,0"]
     lines += [f"{_BASE} kho_scratch={size}" for size in sizes]
     release = world.release
     return [(spec, line, release) for spec in _MACHINES for line in lines]
@@ -48,6 +79,7 @@ def _boot_source(world: World, spec: str, line: str, release: Any) -> str:
 def _booted(world: World, args: Args) -> None:
     world.cmdline = args[1]
     world.generation = 0
+    world.vars["format"] = world.kernel.release.kho_compatible
 
 
 def _words(line: str) -> list[str]:
@@ -65,29 +97,48 @@ def _successors(world: World) -> list[str]:
         name = regions[i].rsplit(":", 1)[1]
         variants += [" ".join(others + left + [word]) for word in _region_words(name)]
     names = {word.rsplit(":", 1)[1] for word in regions}
-    for name in ("a", "b"):
+    for name in _NAMES:
         if name not in names and len(regions) < 3:
             variants += [f"{world.cmdline} {word}" for word in _region_words(name)]
     if "kho=on" in words:
         variants.append(world.cmdline.replace("kho=on", "kho=off"))
+    if "liveupdate=on" in words:
+        variants.append(" ".join(word for word in words if word != "liveupdate=on"))
     ram = world.machine.hardware.memory_map.ram_bytes
     if not any(word.startswith(("mem=", "elfcorehdr=", "hugepages=")) for word in words):
         variants += [f"{world.cmdline} mem={ram // 4 * n}" for n in (1, 2, 3)]
         variants += [f"{world.cmdline} elfcorehdr={text}" for text in ("1M", "x")]
-        variants += [f"{world.cmdline} hugepages={n}" for n in (1, 4)]
+        variants += [f"{world.cmdline} hugepages={n}" for n in (1, 4, 16)]
     return list(dict.fromkeys(variants))
 
 
 def _kexec_choices(world: World) -> list[Args]:
     if not world.has_kernel or world.generation >= 3:
         return []
-    return [(line,) for line in _successors(world)]
+    lines = [(line,) for line in _successors(world)]
+    return [*lines, *((world.cmdline, more) for more in _others(world))]
 
 
-def _kexec_source(world: World, line: str) -> str:
-    if line == world.cmdline:
-        return "kernel = kernel.kexec()"
-    return f"kernel = kernel.kexec(cmdline={line!r})"
+def _others(world: World) -> list[str]:
+    # Another image, initrd, release; what the release of a fixed protocol is called has no name.
+    found = ['kernel_size="8M"', 'initrd="4M"', 'initrd="32M"']
+    if isinstance(world.release, str):
+        others = [name for name in ("7.3", "7.2", "7.1") if name != world.kernel.release.name]
+        found += [f'release="{name}"' for name in others]
+    elif world.release.name.startswith("7.3"):
+        world.vars["older"] = _fixed_older()
+        found.append("release=older")
+    return found
+
+
+@lru_cache(maxsize=1)
+def _fixed_older() -> Release:
+    return fixed("7.2")
+
+
+def _kexec_source(world: World, line: str, more: str = "") -> str:
+    words = [] if line == world.cmdline else [f"cmdline={line!r}"]
+    return f"kernel = kernel.kexec({', '.join([*words, more] if more else words)})"
 
 
 _LESS = ("mem=", "elfcorehdr=")
@@ -99,9 +150,27 @@ def _jumped(world: World, args: Args) -> None:
     world.generation += 1
     on = "kho=on" in before
     is_less = "kho=off" in now or any(word.startswith(_LESS) for word in now)
+    # Another format is refused by its name: all is lost, and it was said.
+    is_foreign = world.kernel.release.kho_compatible != world.vars.get("format", "")
+    world.vars["format"] = world.kernel.release.kho_compatible
+    world.is_over = is_foreign or world.is_over
+    is_less = is_less or is_foreign
     world.cursed = is_less or not on
+    is_luo = "liveupdate=on" in now
+    tokens = world.of("file", "preserved")
+    came = any(item["type"] == "token" for item in tokens)
+    has_ledger = any(item["flb"] for item in world.of("ledger"))
+    world.came = {"ledger"} if came and has_ledger else set()
+    if came and not is_luo:
+        world.cursed = True  # whose handler is not there
+    for device in world.of("device"):
+        # A device that writes to what nobody preserved writes to somebody else's memory.
+        if is_less or not on or not world.has(device["at"], "folio", "preserved"):
+            world.is_harmed = True
     for item in list(world.items.values()):
         state = "" if is_less or not on else _after_jump(item)
+        if item.kind in ("session", "crowd", "file", "ledger") and not is_luo:
+            state = ""
         if state:
             item.state = state
         else:
@@ -109,6 +178,8 @@ def _jumped(world: World, args: Args) -> None:
 
 
 def _after_jump(item: Item) -> str:
+    if item.kind == "device":
+        return item.state
     if item.kind in ("session", "crowd"):
         return "incoming" if item.state == "held" else ""
     if item.state != "preserved":
@@ -116,6 +187,20 @@ def _after_jump(item: Item) -> str:
     if item.kind == "file":
         item.facts.update(was=item["session"], session="")
     return "incoming"
+
+
+def _reset_source(world: World) -> str:
+    told = f"{world.release!r}" if isinstance(world.release, str) else "release"
+    more = "" if told == "'7.3'" else f"{told}, "
+    return f"kernel = machine.boot({more}cmdline={world.cmdline!r})"
+
+
+def _was_reset(world: World, args: Args) -> None:
+    world.generation += 1
+    world.cursed = False
+    world.vars["format"] = world.kernel.release.kho_compatible
+    world.items.clear()
+    world.came = set()
 
 
 def _region_choices(world: World) -> list[Args]:
@@ -141,9 +226,18 @@ KINDS = (
         _kexec_choices,
         _kexec_source,
         _jumped,
-        errnos=frozenset(("EADDRNOTAVAIL", "EBUSY", "ENOMEM")),
+        errnos=frozenset(("EADDRNOTAVAIL", "EBUSY", "EINVAL", "ENOMEM")),
         weight=5,
         takes_any=True,
+    ),
+    Kind(
+        "reset",
+        "reset",
+        lambda w: [()] if w.has_kernel and w.generation < 3 and not w.is_harmed else [],
+        _reset_source,
+        _was_reset,
+        can_fail=False,
+        weight=1,
     ),
     Kind(
         "release_region",

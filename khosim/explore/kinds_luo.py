@@ -1,8 +1,7 @@
-"""Steps with live updates: sessions, memfds, tokens with their shared ledger.
+"""Steps with live updates: sessions and the files in them.
 
 Boundaries come from the formats: as many sessions and files as one block holds, one less and one
-more (:func:`khosim.abi.kho_block.kho_block_capacity`), names of 1, 63 and 64 bytes, sizes around a
-page, all flags and seals that a memfd can have.
+more (:func:`khosim.abi.kho_block.kho_block_capacity`), names of 1, 63 and 64 bytes.
 """
 
 from __future__ import annotations
@@ -15,27 +14,19 @@ from khosim.abi.luo import (
     LUO_FILE_SER_BYTES,
     LUO_SESSION_SER_BYTES,
 )
-from khosim.abi.memfd import F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE
-from khosim.explore.kinds import NEW, Args, Kind
-from khosim.kernel.memfd import MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL
+from khosim.explore.kinds import NEW, Args, Kind, nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from khosim.explore.world import World
 
 __all__ = ("KINDS",)
 
 _MAX = LIVEUPDATE_SESSION_NAME_LENGTH
-_SESSIONS_MAX, _FILES_MAX = 3, 4
+_SESSIONS_MAX = 3
 
 
 def _is_on(world: World) -> bool:
     return world.has_kernel and world.kernel.liveupdate.enabled
-
-
-def _nothing(world: World, args: Args) -> None:
-    """No books to keep."""
 
 
 # -- sessions ------------------------------------------------------------------------------------
@@ -98,7 +89,7 @@ def _finish_choices(world: World) -> list[Args]:
 
 
 def _finish_done(world: World, args: Args) -> None:
-    for item in world.of("file", "incoming"):
+    for item in world.of("file", "incoming", "lost"):
         if item["was"] == args[0]:
             world.drop(item.name)
     for item in world.of("file", "arrived"):
@@ -112,55 +103,7 @@ def _close_choices(world: World) -> list[Args]:
     return [(item.name,) for item in world.of("session", "held", "finished")]
 
 
-# -- memfds and tokens ---------------------------------------------------------------------------
-
-
-def _memfd_choices(world: World) -> list[Args]:
-    if not world.has_kernel or len(world.of("file")) >= _FILES_MAX:
-        return []
-    page = world.kernel.arch.page_size
-    sizes = (0, 1, page, page + 1, 5 * page)
-    return [(NEW, size, flags) for size in sizes for flags in (MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL)]
-
-
-def _memfd_source(world: World, name: str, size: int, flags: int) -> str:
-    lines = f'{name} = kernel.memfd("{name}", size={size}, flags={flags})'
-    return lines if not size else f'{lines}\n{name}.write(0, b"{name[0]}")'
-
-
-def _memfd_done(world: World, args: Args) -> None:
-    world.add("file", args[0], type="memfd", session="", was="", size=args[1])
-
-
-def _token_choices(world: World) -> list[Args]:
-    if not _is_on(world) or not world.of("ledger") or len(world.of("file")) >= _FILES_MAX:
-        return []
-    return [(NEW, refuses) for refuses in ("", "preserve", "freeze")]
-
-
-def _token_done(world: World, args: Args) -> None:
-    world.add("file", args[0], type="token", session="", was="", refuses=args[1])
-
-
-def _open_memfds(world: World) -> list[str]:
-    return [item.name for item in world.of("file", "held", "preserved") if item["type"] == "memfd"]
-
-
-def _seal_choices(world: World) -> list[Args]:
-    seals = (F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE)
-    return [(name, seal) for name in _open_memfds(world) for seal in seals]
-
-
-def _fallocate_choices(world: World) -> list[Args]:
-    if not world.has_kernel:
-        return []
-    page = world.kernel.arch.page_size
-    names = [item.name for item in world.of("file", "held") if item["type"] == "memfd"]
-    return [(name, at, mode) for name in names for at in (0, 8 * page) for mode in (0, 1)]
-
-
-def _seek_choices(world: World) -> list[Args]:
-    return [(name, at) for name in _open_memfds(world) for at in (0, 3)]
+# -- files in them -------------------------------------------------------------------------------
 
 
 def _session_files(world: World) -> list[Args]:
@@ -211,9 +154,11 @@ def _file_source(world: World, session: str, name: str, token: int, kind: str) -
     if kind == "token":
         return f"{name} = {session}.retrieve({token:#x})\nassert {name}.value == 7"
     was = f"{name}_was"
-    tag = ""
-    if world.items[name]["size"]:
-        tag = f'\nassert {name}.read(0, 1) == b"{name[0]}"'
+    item = world.items[name]
+    tag = "".join(f'\nassert {name}.read({at}, 1) == b"{text}"' for at, text in item["tags"])
+    size, written = item["size"], len(item["tags"])
+    if written < size <= 1 << 16:
+        tag += f"\nassert {name}.read(0, {size}).count(0) == {size - written}"
     return (
         f"{was}, {name} = {name}, {session}.retrieve({token:#x})\n"
         f"assert {name}.inode.i_size == {was}.inode.i_size\n"
@@ -227,43 +172,46 @@ def _file_done(world: World, args: Args) -> None:
     world.items[args[1]].state = "arrived"
 
 
+
 def _file_lost(world: World, args: Args) -> None:
     world.items[args[1]].state = "lost"
 
 
+def _is_busy(world: World, session: str) -> bool:
+    # A token in it says once that it cannot be finished yet.
+    asked = any(item["asked"] for item in world.of("ledger"))
+    return not asked and any(
+        item["type"] == "token" and item["was"] == session and item["refuses"] == "finish"
+        for item in world.of("file", "incoming", "arrived")
+    )
+
+
+def _was_asked(world: World, args: Args) -> None:
+    for item in world.of("ledger"):
+        item.facts["asked"] = True
+
+
+def _unfinished(world: World) -> list[Args]:
+    found = []
+    for item in world.of("session", "arrived"):
+        taken = any(file["was"] == item.name for file in world.of("file", "arrived"))
+        if not (taken and _is_busy(world, item.name)):
+            found.append((item.name,))
+    return found
+
+
+def _close_unfinished(world: World, args: Args) -> None:
+    # Whoever closes a session finishes it; where that is refused, it is as it was.
+    if _is_busy(world, args[0]):
+        _was_asked(world, args)
+        world.items[args[0]].state = "incoming"
+        return
+    _finish_done(world, args)
+    world.drop(args[0])
+
+
 def _file_close(world: World) -> list[Args]:
     return [(item.name,) for item in world.of("file", "held")]
-
-
-# -- the ledger ----------------------------------------------------------------------------------
-
-
-def _ledger_choices(world: World) -> list[Args]:
-    return [(NEW,)] if _is_on(world) and not world.of("ledger") else []
-
-
-def _ledger_done(world: World, args: Args) -> None:
-    world.add("ledger", args[0], gets=0)
-
-
-def _ledger_get(world: World) -> list[Args]:
-    needed = any(item["type"] == "token" for item in world.of("file", "preserved"))
-    return [(item.name,) for item in world.of("ledger") if needed and not item["gets"]]
-
-
-def _incoming_get(world: World) -> list[Args]:
-    # The ledger came over if a token's session did and is not finished yet.
-    came = any(
-        item["type"] == "token" and item["was"] for item in world.of("file", "incoming", "arrived")
-    )
-    return [(item.name,) for item in world.of("ledger") if came and not item["gets"]]
-
-
-def _gets(count: int) -> Callable[[World, Args], None]:
-    def done(world: World, args: Args) -> None:
-        world.items[args[0]].facts["gets"] = count
-
-    return done
 
 
 _EX = frozenset(("EEXIST", "EIO"))
@@ -285,7 +233,7 @@ KINDS = (
         "session",
         _twice_choices,
         lambda w, name: f"kernel.liveupdate.create_session({name!r})",
-        _nothing,
+        nothing,
         errnos=_EX,
     ),
     Kind(
@@ -316,35 +264,28 @@ KINDS = (
         _finish_choices,
         lambda w, s: f"{s}.finish()",
         _finish_done,
+        _was_asked,
+        errnos=frozenset(("EBUSY",)),
         weight=6,
     ),
     Kind(
-        "memfd",
-        "memfd",
-        _memfd_choices,
-        _memfd_source,
-        _memfd_done,
-        letter="m",
-        weight=6,
+        "close_unfinished",
+        "session",
+        _unfinished,
+        lambda w, s: f"{s}.close()",
+        _close_unfinished,
+        weight=3,
+    ),
+    Kind(
+        "retrieve_badly",
+        "session",
+        _arriving,
+        lambda w, s, name: f"retrieve_badly(kernel, {name!r})",
+        nothing,
+        errnos=frozenset(("EFAULT", "EIO")),
         can_fail=False,
+        weight=1,
     ),
-    Kind(
-        "add_seals",
-        "memfd",
-        _seal_choices,
-        lambda w, m, seals: f"{m}.add_seals({seals})",
-        _nothing,
-        errnos=frozenset(("EPERM", "EBUSY")),
-    ),
-    Kind(
-        "fallocate",
-        "memfd",
-        _fallocate_choices,
-        lambda w, m, at, mode: f"{m}.fallocate({at}, {w.kernel.arch.page_size}, {mode})",
-        _nothing,
-        errnos=frozenset(("EPERM",)),
-    ),
-    Kind("lseek", "memfd", _seek_choices, lambda w, m, at: f"{m}.lseek({at})", _nothing),
     Kind(
         "preserve_file",
         "session",
@@ -377,57 +318,5 @@ KINDS = (
     ),
     Kind(
         "close_file", "session", _file_close, lambda w, m: f"{m}.close()", lambda w, a: w.drop(a[0])
-    ),
-    Kind(
-        "ledger",
-        "flb",
-        _ledger_choices,
-        lambda w, g: f"{g} = ledger(kernel)",
-        _ledger_done,
-        letter="g",
-        can_fail=False,
-        weight=10,
-    ),
-    Kind(
-        "token",
-        "flb",
-        _token_choices,
-        lambda w, k, refuses: f"{k} = Token(kernel, 7{f', {refuses!r}' if refuses else ''})",
-        _token_done,
-        letter="k",
-        can_fail=False,
-        weight=6,
-    ),
-    Kind(
-        "get_outgoing",
-        "flb",
-        _ledger_get,
-        lambda w, g: f"kernel.liveupdate.flb_get_outgoing({g})",
-        _gets(1),
-        can_fail=False,
-    ),
-    Kind(
-        "get_incoming",
-        "flb",
-        _incoming_get,
-        lambda w, g: f"kernel.liveupdate.flb_get_incoming({g})",
-        _gets(2),
-        can_fail=False,
-    ),
-    Kind(
-        "put_incoming",
-        "flb",
-        lambda w: [(i.name,) for i in w.of("ledger") if i["gets"] == 2],
-        lambda w, g: f"kernel.liveupdate.flb_put_incoming({g})",
-        _gets(0),
-        can_fail=False,
-    ),
-    Kind(
-        "put_outgoing",
-        "flb",
-        lambda w: [(i.name,) for i in w.of("ledger") if i["gets"] == 1],
-        lambda w, g: f"kernel.liveupdate.flb_put_outgoing({g})",
-        _gets(0),
-        can_fail=False,
     ),
 )

@@ -1,15 +1,14 @@
-"""Steps with memory: folios, runs of pages, blobs and subtrees, vmalloc areas.
+"""Steps with memory: folios, runs of pages, ranges that somebody chose, blobs and subtrees.
 
-Boundaries come from the machine: the smallest and largest order, sizes around whole pages and
-around what one chunk of a vmalloc area lists (:func:`khosim.abi.kho_vmalloc.kho_vmalloc_size`).
+Boundaries come from the machine: the smallest and largest order, sizes around whole pages, ranges
+across the borders of nodes and zones.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from khosim.abi.kho_vmalloc import kho_vmalloc_size
-from khosim.explore.kinds import NEW, Args, Kind
+from khosim.explore.kinds import NEW, Args, Kind, gone, lost, nothing, of, preservable, to
 
 if TYPE_CHECKING:
     from khosim.explore.world import World
@@ -17,12 +16,8 @@ if TYPE_CHECKING:
 __all__ = ("KINDS",)
 
 _HELD_MAX = 4
-_NAMES = ("t", "n" * 31, "m" * 63)
-
-
-def _nothing(world: World, args: Args) -> None:
-    """No books to keep."""
-
+_NAMES = ("t", "t@1", "s/t", "n" * 31, "m" * 63)
+"""Of subtrees: any text. libfdt finds a node by its name without what stands behind an ``@``."""
 
 # -- folios --------------------------------------------------------------------------------------
 
@@ -35,36 +30,32 @@ def _folio_choices(world: World) -> list[Args]:
 
 
 def _folio_done(world: World, args: Args) -> None:
-    world.add("folio", args[0], order=args[1])
+    world.add("folio", args[0], order=args[1], twice=False)
 
 
-def _of(kind: str, *states: str) -> Any:
+def _once(kind: str) -> Any:
     def choices(world: World) -> list[Args]:
-        return [(item.name,) for item in world.of(kind, *states)]
+        return [(item.name,) for item in world.of(kind, "preserved") if not item["twice"]]
 
     return choices
 
 
-def _preservable(kind: str) -> Any:
-    def choices(world: World) -> list[Args]:
-        return [(item.name,) for item in world.of(kind, "held")] if world.can_preserve else []
-
-    return choices
+def _quiet_folios(world: World) -> list[Args]:
+    written = {item["at"] for item in world.of("device")}
+    return [(item.name,) for item in world.of("folio", "held") if item.name not in written]
 
 
-def _to(state: str) -> Any:
-    def done(world: World, args: Args) -> None:
-        world.items[args[0]].state = state
-
-    return done
+def _twice(world: World, args: Args) -> None:
+    world.items[args[0]].facts["twice"] = True
 
 
-def _lost(world: World, args: Args) -> None:
-    world.items[args[0]].state = "lost"
-
-
-def _gone(world: World, args: Args) -> None:
-    world.drop(args[0])
+def _unpreserved(world: World, args: Args) -> None:
+    # Where two have preserved it, the second one's word still stands.
+    item = world.items[args[0]]
+    if item["twice"]:
+        item.facts["twice"] = False
+    else:
+        item.state = "held"
 
 
 # -- pages ---------------------------------------------------------------------------------------
@@ -78,7 +69,25 @@ def _pages_choices(world: World) -> list[Args]:
 
 
 def _pages_done(world: World, args: Args) -> None:
-    world.add("pages", args[0], nr=args[1])
+    world.add("pages", args[0], nr=args[1], twice=False)
+
+
+def _range_choices(world: World) -> list[Args]:
+    # Across the border of two zones or nodes: the smallest range that a block of its alignment
+    # could be, and twice that.
+    if not world.has_kernel or len(world.of("pages")) >= _HELD_MAX:
+        return []
+    found = []
+    zones = world.kernel.pages.zones
+    for border in [zone.start_pfn for zone in zones[1:]]:
+        for order in (0, 1):
+            half = (border & -border) << order
+            found.append((NEW, border - half, 2 * half))
+    return found
+
+
+def _range_done(world: World, args: Args) -> None:
+    world.add("pages", args[0], nr=args[2], twice=False)
 
 
 def _page_runs(*states: str, preserves: bool = False) -> Any:
@@ -134,42 +143,6 @@ def _free_blobs(world: World) -> list[Args]:
     return [(blob.name,) for blob in world.of("blob", "preserved") if not blob["subtree"]]
 
 
-# -- vmalloc -------------------------------------------------------------------------------------
-
-
-def _area_choices(world: World) -> list[Args]:
-    if not world.has_kernel or len(world.of("area")) >= 2:
-        return []
-    page = world.kernel.arch.page_size
-    full = kho_vmalloc_size(page)
-    huge = page << (world.kernel.arch.page_shift - 3)
-    plain = [(NEW, size, False) for size in (1, page + 1, full * page, (full + 1) * page)]
-    sizes = (page, huge, huge + 1, full * huge, (full + 1) * huge)
-    room = world.kernel.total_ram_pages() * page // 2
-    return [*plain, *((NEW, size, True) for size in sizes if size < room)]
-
-
-def _area_done(world: World, args: Args) -> None:
-    world.add("area", args[0], size=args[1], huge=args[2])
-
-
-def _slot_done(world: World, args: Args) -> None:
-    world.items[args[0]].state = "preserved"
-
-
-_AREA = "from khosim.kernel.vmalloc import vfree, vmalloc\n"
-_KHO = "from khosim.kernel.kho_vmalloc import KhoVmallocSlot, kho_{}_vmalloc\n"
-_TAG = 'b"{0}"'
-
-
-def _area_source(world: World, name: str, size: int, huge: bool) -> str:
-    more = ", huge=True" if huge else ""
-    return (
-        f"{_AREA}{name} = vmalloc(kernel, {size}{more})\nassert {name}, 'no area'\n"
-        f'{name}.write(0, b"{name[0]}")\n{name}_order = {name}.page_order'
-    )
-
-
 _NO_ROOM = frozenset(("ENOMEM",))
 
 KINDS = (
@@ -185,29 +158,38 @@ KINDS = (
     Kind(
         "preserve_folio",
         "folio",
-        _preservable("folio"),
+        preservable("folio"),
         lambda w, f: f"kernel.kho_preserve_folio({f})",
-        _to("preserved"),
+        to("preserved"),
         weight=6,
+    ),
+    Kind(
+        "preserve_folio_again",
+        "folio",
+        _once("folio"),
+        lambda w, f: f"kernel.kho_preserve_folio({f})",
+        _twice,
+        errnos=frozenset(("EEXIST",)),
+        weight=1,
     ),
     Kind(
         "unpreserve_folio",
         "folio",
-        _of("folio", "preserved"),
+        of("folio", "preserved"),
         lambda w, f: f"kernel.kho_unpreserve_folio({f})",
-        _to("held"),
+        _unpreserved,
     ),
-    Kind("free_folio", "folio", _of("folio", "held"), lambda w, f: f"{f}.put()", _gone),
+    Kind("free_folio", "folio", _quiet_folios, lambda w, f: f"{f}.put()", gone),
     Kind(
         "restore_folio",
         "folio",
-        _of("folio", "incoming"),
+        of("folio", "incoming"),
         lambda w, f: (
             f"{f} = kernel.kho_restore_folio({f}.phys)\n"
             f'assert {f} and {f}.read(0, {len(f)}) == b"{f}"'
         ),
-        _to("held"),
-        _lost,
+        to("held"),
+        lost,
         weight=8,
     ),
     Kind(
@@ -220,11 +202,21 @@ KINDS = (
         errnos=_NO_ROOM,
     ),
     Kind(
+        "take_range",
+        "pages",
+        _range_choices,
+        lambda w, p, start, nr: f"{p} = take_range(kernel, {start:#x}, {nr:#x})",
+        _range_done,
+        letter="p",
+        errnos=frozenset(("EBUSY", "EINVAL", "ENOMEM")),
+        weight=8,
+    ),
+    Kind(
         "preserve_pages",
         "pages",
         _page_runs("held", preserves=True),
         lambda w, p, nr: f"kernel.kho_preserve_pages({p}, {nr})",
-        _to("preserved"),
+        to("preserved"),
         weight=6,
     ),
     Kind(
@@ -232,14 +224,14 @@ KINDS = (
         "pages",
         _page_runs("preserved"),
         lambda w, p, nr: f"kernel.kho_unpreserve_pages({p}, {nr})",
-        _to("held"),
+        to("held"),
     ),
     Kind(
         "free_pages",
         "pages",
         _page_runs("held"),
         lambda w, p, nr: f"for pfn in range({p}, {p} + {nr}):\n    kernel.pages.free_pages(pfn, 0)",
-        _gone,
+        gone,
     ),
     Kind(
         "restore_pages",
@@ -248,8 +240,8 @@ KINDS = (
         lambda w, p, nr: (
             f"assert kernel.kho_restore_pages({p} << {w.kernel.arch.page_shift}, {nr}) == {p}"
         ),
-        _to("held"),
-        _lost,
+        to("held"),
+        lost,
         weight=8,
     ),
     Kind(
@@ -266,14 +258,14 @@ KINDS = (
         "blob",
         _free_blobs,
         lambda w, b: f"kernel.kho_unpreserve_free({b})",
-        _gone,
+        gone,
     ),
     Kind(
         "restore_free",
         "blob",
-        _of("blob", "incoming"),
+        of("blob", "incoming"),
         lambda w, b: f"kernel.kho_restore_free({b}.phys)",
-        _gone,
+        gone,
         weight=8,
     ),
     Kind(
@@ -282,7 +274,7 @@ KINDS = (
         _subtree_choices,
         lambda w, b, name, size: f"kernel.kho_add_subtree({name!r}, {b}.phys, {size})",
         _subtree_done,
-        errnos=frozenset(("EEXIST", "ENOMEM")),
+        errnos=frozenset(("EEXIST", "EINVAL", "ENOMEM")),
     ),
     Kind(
         "remove_subtree",
@@ -298,48 +290,6 @@ KINDS = (
         lambda w, b, name, size: (
             f"assert kernel.kho_retrieve_subtree({name!r}) == ({b}.phys, {size})"
         ),
-        _nothing,
+        nothing,
     ),
-    Kind(
-        "vmalloc",
-        "vmalloc",
-        _area_choices,
-        _area_source,
-        _area_done,
-        letter="v",
-        can_fail=False,
-    ),
-    Kind(
-        "preserve_vmalloc",
-        "vmalloc",
-        _preservable("area"),
-        lambda w, v: (
-            f"{_KHO.format('preserve')}{v}_slot = KhoVmallocSlot(kernel)\n"
-            f"kho_preserve_vmalloc(kernel, {v}, {v}_slot)"
-        ),
-        _slot_done,
-        weight=6,
-    ),
-    Kind(
-        "unpreserve_vmalloc",
-        "vmalloc",
-        _of("area", "preserved"),
-        lambda w, v: f"{_KHO.format('unpreserve')}kho_unpreserve_vmalloc(kernel, {v}_slot)",
-        _to("held"),
-    ),
-    Kind(
-        "restore_vmalloc",
-        "vmalloc",
-        _of("area", "incoming"),
-        lambda w, v: (
-            f"from khosim.abi.kho_vmalloc import pack_kho_vmalloc\n{_KHO.format('restore')}"
-            f"{v} = kho_restore_vmalloc(kernel, KhoVmallocSlot(kernel, "
-            f"stack=pack_kho_vmalloc({v}_slot.load())))\n"
-            f'assert {v} and {v}.read(0, 1) == b"{v[0]}"\nassert {v}.page_order == {v}_order'
-        ),
-        _to("held"),
-        _lost,
-        weight=8,
-    ),
-    Kind("vfree", "vmalloc", _of("area", "held"), lambda w, v: f"{_AREA}vfree(kernel, {v})", _gone),
 )

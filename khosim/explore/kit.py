@@ -1,9 +1,8 @@
-"""What a printed program leans on: faults, a file kind of its own, and the audit at its end.
+"""What a printed program leans on: machines, faults, a file kind of its own, the audit at its end.
 
-A :class:`Stage` is a machine whose next boot can be made to run out of memory at one place.
-:func:`failing` does the same to calls on a running kernel. :class:`Token` is a file that LUO can
-preserve, :class:`Ledger` the shared state that tokens need; both keep to the rules of
-``include/linux/liveupdate.h`` @ 7.3.
+A :class:`Stage` is a machine whose next boot can be made to run out of memory at one place, or to
+find bytes and memory that are not what was handed over (:mod:`khosim.faults`). All names of
+:data:`PROGRAM` are known to programs.
 """
 
 from __future__ import annotations
@@ -13,71 +12,135 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from khosim.abi import liveupdate as uapi
 from khosim.errors import KernelError
+from khosim.explore.expectations import is_expected_writer
 from khosim.explore.oracles import Baseline, oracles
-from khosim.kernel.file import File
-from khosim.kernel.liveupdate.file_ops import FileHandler, LiveupdateFileOpArgs
-from khosim.kernel.liveupdate.flb_ops import Flb, LiveupdateFlbOpArgs
+from khosim.explore.tokens import Ledger, Token, TokenHandler, ledger, tokens
+from khosim.faults.between import (
+    Between,
+    flipped,
+    lost_memory,
+    overwritten,
+    regained_memory,
+    stale,
+    torn,
+)
+from khosim.faults.calls import Death, Nth, TaskDied, oops
+from khosim.faults.calls import failing_allocation as failing
+from khosim.faults.device import Dma
+from khosim.kernel.contig_range import alloc_contig_range
+from khosim.kernel.page_map import ALLOCATED
 from khosim.simulator import Machine
 
 if TYPE_CHECKING:
     from khosim.checks.violation import Violation
     from khosim.kernel.kernel import Kernel
 
-__all__ = ("Ledger", "Stage", "Token", "TokenHandler", "audit", "failing", "failing_boot", "ledger")
+__all__ = (
+    "PROGRAM",
+    "Death",
+    "Dma",
+    "Ledger",
+    "Nth",
+    "Stage",
+    "TaskDied",
+    "Token",
+    "TokenHandler",
+    "audit",
+    "failing",
+    "failing_boot",
+    "flipped",
+    "ledger",
+    "lost_memory",
+    "oops",
+    "overwritten",
+    "read_debugfs",
+    "regained_memory",
+    "retrieve_badly",
+    "stale",
+    "take_range",
+    "tokens",
+    "torn",
+)
 
-
-class Nth:
-    """Refuses the ``n``-th request for memory, counted from 1, and no other."""
-
-    __slots__ = ("left", "where")
-
-    def __init__(self, n: int) -> None:
-        self.left = n
-        self.where = ""
-        """Who was refused, once somebody was."""
-
-    def __call__(self, order: int, owner: str) -> bool:
-        """As ``kernel.pages.fail``."""
-        self.left -= 1
-        if self.left:
-            return False
-        self.where = owner
-        return True
+PROGRAM = (
+    "Dma",
+    "Stage",
+    "Token",
+    "audit",
+    "failing",
+    "failing_boot",
+    "flipped",
+    "ledger",
+    "lost_memory",
+    "oops",
+    "overwritten",
+    "read_debugfs",
+    "regained_memory",
+    "retrieve_badly",
+    "stale",
+    "take_range",
+    "tokens",
+    "torn",
+)
+"""The names that programs use; what is printed imports those of them that it needs."""
 
 
 class Stage(Machine):
-    """A machine that remembers how each kernel began, and whose boots can lack memory.
+    """A machine that remembers how each kernel began, and whose boots can go wrong.
 
     ``boot_fault`` is the number of the allocation that the next kernel is refused after it has
-    taken preserved memory over, 0 for none.
+    taken preserved memory over, 0 for none; ``struck`` are the faults of the last jump. Devices
+    work at every stage of a boot.
     """
 
-    __slots__ = ("baseline", "boot_fault")
+    __slots__ = ("_before", "_between", "baseline", "boot_fault", "struck", "writers")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.boot_fault = 0
         self.baseline: Baseline | None = None
+        self.struck: list[Between] = []
+        self.writers: list[Dma] = []
+        self._between: list[Between] = []
+        self._before: Kernel | None = None
+
+    def boot(self, *args: Any, **options: Any) -> Kernel:
+        """See :meth:`khosim.Machine.boot`; a reset stops devices, and nothing strikes any more."""
+        self.writers.clear()
+        self._between.clear()
+        return super().boot(*args, **options)
+
+    def next_boot(self, fault: Between) -> None:
+        """``fault`` strikes at the next jump."""
+        self._between.append(fault)
+
+    def load_successor(self, kernel: Kernel, *args: Any, **options: Any) -> None:
+        """See :meth:`khosim.Machine.load_successor`."""
+        self.struck = []
+        super().load_successor(kernel, *args, **options)
+        self._before = kernel
+
+    def resume(self) -> Kernel:
+        """See :meth:`khosim.Machine.resume`."""
+        before, self._before = self._before, None
+        if before is not None:
+            self.struck, self._between = self._between, []
+            for fault in self.struck:
+                fault.strike(before)
+        return super().resume()
 
     def checkpoint(self, kernel: Kernel, stage: str) -> None:
         """See :meth:`khosim.Machine.checkpoint`."""
+        for writer in self.writers:
+            writer.tick()
         if stage == "takeover" and self.boot_fault:
             kernel.pages.fail = Nth(self.boot_fault)
         elif stage == "booted":
             kernel.pages.fail = None
             self.baseline = Baseline.of(self.hardware, kernel)
         super().checkpoint(kernel, stage)
-
-
-@contextmanager
-def failing(kernel: Kernel, n: int) -> Iterator[Nth]:
-    """Within, the ``n``-th allocation of ``kernel`` fails."""
-    fault = kernel.pages.fail = Nth(n)
-    try:
-        yield fault
-    finally:
-        kernel.pages.fail = None
 
 
 @contextmanager
@@ -96,99 +159,73 @@ def audit(machine: Stage, *, drained: bool = False) -> list[Violation]:
     ``drained`` says that the program has given back all that it ever held: then whatever is not
     free is a leak.
     """
-    found = list(machine.check())
+    found = [v for v in machine.check() if not is_expected_writer(v.invariant, v.writer)]
     if machine.kernel is not None:
         found += oracles(machine.hardware, machine.kernel, machine.baseline, drained=drained)
     return found
 
 
-# -- a kind of file ------------------------------------------------------------------------------
+# -- calls that programs make ----------------------------------------------------------------------
 
 
-class Token(File):
-    """A file of 8 bytes. ``refuses`` names the callback that says -EBUSY, if any."""
+def take_range(kernel: Kernel, start_pfn: int, nr_pages: int) -> int:
+    """Pages that somebody chose, also across zones: ``alloc_contig_range`` for each; the first.
 
-    __slots__ = ("refuses", "value")
-
-    def __init__(self, kernel: Kernel, value: int = 0, refuses: str = "") -> None:
-        super().__init__(kernel, "token")
-        self.value = value
-        self.refuses = refuses
-
-
-class TokenHandler(FileHandler):
-    """Preserves tokens: a page each."""
-
-    compatible = "token-v1"
-
-    def can_preserve(self, file: File) -> bool:
-        """Tokens only."""
-        return isinstance(file, Token)
-
-    def preserve(self, args: LiveupdateFileOpArgs) -> None:
-        """Take a page and write the value."""
-        file = args.file
-        assert isinstance(file, Token)
-        if file.refuses == "preserve":
-            raise KernelError(errno.EBUSY, "token_preserve")
-        page = args.kernel.kho_alloc_preserve(8)
-        page.write(0, file.value.to_bytes(8, "little"))
-        args.serialized_data = page.phys
-        args.private_data = page
-
-    def freeze(self, args: LiveupdateFileOpArgs) -> None:
-        """Refuse, if so told."""
-        if isinstance(args.file, Token) and args.file.refuses == "freeze":
-            raise KernelError(errno.EBUSY, "token_freeze")
-
-    def unpreserve(self, args: LiveupdateFileOpArgs) -> None:
-        """Give the page back."""
-        args.kernel.kho_unpreserve_free(args.private_data)
-
-    def retrieve(self, args: LiveupdateFileOpArgs) -> None:
-        """Make the token again."""
-        value = args.kernel.ram.read_u64(args.serialized_data)
-        args.kernel.kho_restore_free(args.serialized_data)
-        args.file = Token(args.kernel, value)
-
-    def finish(self, args: LiveupdateFileOpArgs) -> None:
-        """Free the page of a token that nobody wanted."""
-        if not args.retrieve_status:
-            args.kernel.kho_restore_free(args.serialized_data)
+    Raises -EBUSY where one of them is taken.
+    """
+    done: list[tuple[int, int]] = []
+    pieces = kernel.pages.pieces_in(start_pfn, start_pfn + nr_pages)
+    for low, high, _ in pieces:
+        try:
+            alloc_contig_range(kernel, low, high - low)
+        except KernelError:
+            for first, end in done:
+                kernel.pages.free_range(first, end)
+            raise
+        done.append((low, high))
+    if sum(high - low for low, high in done) != nr_pages:
+        raise KernelError(errno.EINVAL, "alloc_contig_range", "a hole")
+    return start_pfn
 
 
-class Ledger(Flb):
-    """What all tokens share: a page. ``is_open`` while this kernel holds it."""
+def read_debugfs(kernel: Kernel, path: str) -> bytes:
+    """Read a file below ``/sys/kernel/debug/kho`` and see that it shows what it promises.
 
-    compatible = "ledger-v1"
+    ``out/fdt`` is the tree as it is now; other files show memory that is nobody else's. Raises
+    -ENOENT.
+    """
+    blob = kernel.debugfs.blob(path)
+    if blob is None:
+        if path not in kernel.debugfs.files():
+            raise KernelError(errno.ENOENT, "debugfs", path)
+        return kernel.debugfs.read(path)
+    data = kernel.debugfs.read(path)
+    phys, size_bytes = blob
+    if path == "out/fdt":
+        whole = kernel.fdt_totalsize(kernel.kho_out.fdt_phys)
+        if len(data) != whole:
+            raise AssertionError(f"out/fdt shows {len(data)} bytes of {whole}")
+    shift = kernel.arch.page_shift
+    for pfn in range(phys >> shift, (phys + size_bytes - 1 >> shift) + 1):
+        state = kernel.pages.pages.state(pfn)
+        if state is None:
+            raise AssertionError(f"{path} shows a page that is free")
+        is_own = state.kind != ALLOCATED or path.startswith("out/") or state.owner == "kho_restore"
+        if not is_own:
+            raise AssertionError(f"{path} shows a page of {state.owner}")
+    return data
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_open = False
 
-    def preserve(self, args: LiveupdateFlbOpArgs) -> None:
-        """Take the page."""
-        args.obj = args.kernel.kho_alloc_preserve(8)
-        args.data = args.obj.phys
+def retrieve_badly(kernel: Kernel, name: str) -> None:
+    """An agent asks for a session with a structure that the answer cannot be written to: -EFAULT.
 
-    def unpreserve(self, args: LiveupdateFlbOpArgs) -> None:
-        """Give it back."""
-        args.kernel.kho_unpreserve_free(args.obj)
-
-    def retrieve(self, args: LiveupdateFlbOpArgs) -> None:
-        """Find it."""
-        args.obj = args.data
-        self.is_open = True
-
-    def finish(self, args: LiveupdateFlbOpArgs) -> None:
-        """Free the predecessor's."""
-        args.kernel.kho_restore_free(args.obj)
-        self.is_open = False
-
-
-def ledger(kernel: Kernel) -> Ledger:
-    """Register tokens and their ledger with a kernel's orchestrator; returns the ledger."""
-    handler, flb = TokenHandler(), Ledger()
-    kernel.liveupdate.register_file_handler(handler)
-    kernel.liveupdate.register_flb(handler, flb)
-    return flb
+    Raises that, and what else the device answers.
+    """
+    process = kernel.process("agent")
+    try:
+        fd = process.open("/dev/liveupdate")
+        size = uapi.RETRIEVE_SESSION.size
+        asked = size.to_bytes(4, "little") + bytes(4) + name.encode()
+        process.ioctl(fd, uapi.LIVEUPDATE_IOCTL_RETRIEVE_SESSION, asked.ljust(size, b"\0"))
+    finally:
+        process.exit()

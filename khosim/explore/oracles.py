@@ -7,10 +7,13 @@
 * ``no-scratch-without-kho``: a kernel without KHO sets no memory aside for it.
 * ``off-means-off``: a kernel with ``kho=off`` takes nothing over.
 * ``huge-pages-outside-scratch``: huge pages, which nobody can move, are not in scratch.
+* ``scratch-is-there``: a kernel with KHO has scratch to load the next one into.
+* ``regions-apart``: no two reserve_mem regions share a byte.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from khosim.checks.decode import decode_handover
@@ -87,6 +90,8 @@ def oracles(
     found += _is_held(hardware, kernel, preserved)
     found += _regions(hardware, kernel, preserved)
     found += _huge_pages(hardware, kernel)
+    found += _scratch_is_there(kernel)
+    found += _regions_apart(kernel)
     if drained and baseline is not None and baseline.generation == kernel.generation:
         found += _given_back(hardware, kernel, preserved, baseline)
     return found
@@ -178,6 +183,27 @@ def _huge_pages(hardware: Hardware, kernel: Kernel) -> list[Violation]:
             "hugetlb",
         )
         for start, end in pairs(shared, 1)
+    ]
+
+
+def _scratch_is_there(kernel: Kernel) -> list[Violation]:
+    if not kernel.kho_enable or any(size for _, size in kernel.scratch_areas()):
+        return []
+    return [Violation("scratch-is-there", "KHO is on and has no scratch", kernel.generation)]
+
+
+def _regions_apart(kernel: Kernel) -> list[Violation]:
+    known = kernel.reserve_mem.regions
+    regions = sorted((start, size, name) for name, start, size in known if size)
+    return [
+        Violation(
+            "regions-apart",
+            f"reserve_mem regions {one!r} and {other!r} share page {at:#x}",
+            kernel.generation,
+            at,
+        )
+        for (start, size, one), (at, _, other) in pairwise(regions)
+        if at < start + size
     ]
 
 

@@ -6,8 +6,9 @@ import re
 from typing import TYPE_CHECKING
 
 from khosim.explore.kinds import is_lawful
+from khosim.explore.kit import PROGRAM
 from khosim.explore.search import KINDS, is_drained
-from khosim.explore.world import World
+from khosim.explore.world import DIED, World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ("Told", "event_line", "tell")
 
-_KIT = ("Stage", "Token", "audit", "failing", "failing_boot", "ledger")
 _NOISE = ("kho_radix_alloc_node", "kho_preserved_memory_reserve", "kexec_add_buffer")
 _TRACE_LINES = 10
 _NUMBER = re.compile(r"0x[0-9a-f]+")
@@ -58,7 +58,8 @@ def tell(steps: Sequence[Step], problem: Problem, release: str | Release) -> Tol
 def _block(source: str, step: Step, errno: str, problem: Problem) -> list[str]:
     wrap = []
     if step.fault:
-        wrap.append(f"failing{'_boot(machine' if step.boot else '(kernel'}, {step.fault})")
+        wrap.append(step.wrapper)
+    errno = "" if errno == DIED else errno
     if errno and problem.invariant != "errno-as-documented":
         wrap.append("suppress(KernelError, AssertionError)")
     lines = source.splitlines()
@@ -74,7 +75,7 @@ def _whole(lines: list[str]) -> str:
     imports = {line for line in lines if line.startswith("from ")}
     body = [line for line in lines if not line.startswith("from ")]
     text = "\n".join(body)
-    used = [name for name in _KIT if re.search(rf"\b{name}\(", text)]
+    used = [name for name in PROGRAM if re.search(rf"\b{name}\(", text)]
     head = []
     if "suppress(" in text:
         head = ["from contextlib import suppress", ""]

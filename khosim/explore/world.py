@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from khosim.checks.violation import Violation
 from khosim.errors import KernelError, KernelPanic, KhoSimError
 from khosim.explore import kit
-from khosim.explore.expectations import is_expected_panic
+from khosim.explore.expectations import is_expected_after_death, is_expected_panic
 from khosim.explore.limits import EVENTS_MAX, NoEnd
 from khosim.explore.oracles import is_warning
 
@@ -29,20 +29,30 @@ if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.trace import Event
 
-__all__ = ("Item", "Problem", "Step", "World")
+__all__ = ("DIED", "Item", "Problem", "Step", "World")
 
 
 class Step(NamedTuple):
     """One step: its kind, its arguments (of which the first may be a name that it defines).
 
     ``fault``: the how many-th allocation fails within; ``boot`` says that it is one of the
-    successor's boot.
+    successor's boot, ``dies`` that it is no allocation but an event, at which the task dies.
     """
 
     kind: str
     args: tuple[Any, ...] = ()
     fault: int = 0
     boot: bool = False
+    dies: bool = False
+
+    @property
+    def wrapper(self) -> str:
+        """What stands behind ``with`` in the program; "" for a step without a fault."""
+        if not self.fault:
+            return ""
+        if self.dies:
+            return f"oops(kernel, {self.fault})"
+        return f"failing{'_boot(machine' if self.boot else '(kernel'}, {self.fault})"
 
 
 class Problem(NamedTuple):
@@ -83,6 +93,13 @@ def _failed_line(failed: AssertionError, source: str) -> str:
     return source.splitlines()[at.tb_lineno - 1] if at is not None else source
 
 
+DIED = "task died"
+"""What :meth:`World.run` answers of a step in which the task died."""
+
+
+_LEFT = ("EBUSY", "EEXIST", "EINVAL", "ENOENT")
+
+
 @lru_cache(maxsize=4096)
 def _compiled(source: str) -> CodeType:
     return compile(source, "<program>", "exec")
@@ -98,8 +115,7 @@ class World:
         self.release = release
         self.listens = listens
         self.vars: dict[str, Any] = {
-            name: getattr(kit, name)
-            for name in ("Stage", "Token", "audit", "failing", "failing_boot", "ledger")
+            name: getattr(kit, name) for name in kit.PROGRAM
         }
         self.vars["suppress"] = suppress
         self.vars["KernelError"] = KernelError
@@ -111,6 +127,13 @@ class World:
         self.generation = -1
         self.cursed = False
         """The successor was told to do with less, by ``mem=`` or so: nothing is promised then."""
+        self.is_harmed = False
+        """Bytes or memory that the handover needs are not what they were: anything may happen, but
+        for the simulator falling over."""
+        self.has_died = False
+        """A task died in the middle of a call, on this machine since it was switched on."""
+        self.came: set[str] = set()
+        """What tokens came with, from kernel to kernel: "ledger" where they had one."""
         self.symbols: set[str] = set()
         """Kernel functions that were refused memory."""
         self.is_over = False
@@ -142,6 +165,11 @@ class World:
     def has_kernel(self) -> bool:
         """Whether one was booted."""
         return "kernel" in self.vars
+
+    @property
+    def hardware_bytes(self) -> int:
+        """How much memory the machine has."""
+        return self.machine.hardware.memory_map.ram_bytes
 
     @property
     def can_preserve(self) -> bool:
@@ -209,21 +237,39 @@ class World:
         errno_name = self._execute(kind, step)
         if self.is_over:
             return errno_name
+        if errno_name == DIED:
+            self._bury(step)
+            return errno_name
         if errno_name:
             if kind.refused is not None:
                 kind.refused(self, step.args)
             self._judge_errno(kind, step, errno_name)
         else:
             kind.done(self, step.args)
-        if self.has_kernel and kernel_before is self.vars["kernel"]:
+        if kernel_before is self.vars["kernel"]:
             self._look_at_log(before)
         return errno_name
+
+    def _bury(self, step: Step) -> None:
+        # Whatever the dead task was busy with is nobody's: no promise is left for it.
+        self.cursed = self.has_died = True
+        for name in step.args:
+            item = self.items.get(name) if isinstance(name, str) else None
+            if item is None:
+                continue
+            item.state = "lost"
+            for other in self.of("file"):
+                if name in (other["session"], other["was"]):
+                    other.state = "lost"
 
     def _execute(self, kind: Kind, step: Step) -> str:
         source = kind.source(self, *step.args)
         fault: kit.Nth | None = None
         machine: kit.Stage | None = self.vars.get("machine")
-        if step.fault and step.boot and machine is not None:
+        died: kit.Death | None = None
+        if step.fault and step.dies:
+            died = kit.Death(self.kernel, step.fault)
+        elif step.fault and step.boot and machine is not None:
             machine.boot_fault = step.fault
         elif step.fault:
             fault = self.kernel.pages.fail = kit.Nth(step.fault)
@@ -235,19 +281,28 @@ class World:
                 self.machine.listen(self._note)
                 source = rest
             exec(_compiled(source), self.vars)
+            self._look_at_damage("")
         except KernelError as refused:
             return refused.name
         except KernelPanic as panic:
-            if not is_expected_panic(panic.message, lacks_memory=bool(step.fault)):
+            self._look_at_damage(panic.message)
+            expected = is_expected_panic(panic.message, lacks_memory=bool(step.fault))
+            if not expected and not self.is_harmed:
                 self._problem("kernel-panic", panic.message)
             self.is_over = True
+        except kit.TaskDied:
+            return DIED
         except AssertionError as failed:
+            if self.is_harmed:
+                return "EIO"
             if step.fault:  # a call that answers NULL where others raise
                 return "ENOMEM"
             self._problem("promise-kept", str(failed) or _failed_line(failed, source))
             self.is_over = True
         except KhoSimError as misused:
-            self._problem("program-sleeps" if "sleeps" in str(misused) else "misuse", str(misused))
+            if not self.is_harmed and not self.cursed:
+                sleeps = "sleeps" in str(misused)
+                self._problem("program-sleeps" if sleeps else "misuse", str(misused))
             self.is_over = True
         except NoEnd as stopped:
             self._problem("no-end", str(stopped))
@@ -256,6 +311,8 @@ class World:
             self._problem("simulator-crash", f"{type(broken).__name__}: {broken}")
             self.is_over = True
         finally:
+            if died is not None:
+                died.undo()
             if fault is not None and kernel is not None:
                 kernel.pages.fail = None
                 if fault.where:
@@ -272,13 +329,35 @@ class World:
         if self.listens and not event.symbol.startswith(("memblock", "__memblock")):
             self.events.append(event)
 
+    def _look_at_damage(self, panic: str) -> None:
+        """What struck between two kernels: is anything promised still, and was it noticed?"""
+        machine: kit.Stage | None = self.vars.get("machine")
+        struck = [] if machine is None else machine.struck
+        for fault in struck:
+            if not fault.has_struck or fault.spares:
+                continue
+            self.is_harmed = True
+            said = [panic, *(self.machine.kernel.messages if self.machine.kernel else ())]
+            if len(struck) > 1 or not fault.words:
+                continue
+            if not any(word in text for word in fault.words for text in said):
+                self._problem("damage-unnoticed", f"nobody said {fault.words[0]!r}")
+        if machine is not None:
+            machine.struck = []
+
     def _judge_errno(self, kind: Kind, step: Step, errno_name: str) -> None:
+        if self.is_harmed:
+            return
+        if self.has_died and errno_name in _LEFT:
+            return  # what a dead task had begun is in the way
         allowed = kind.errnos | ({"ENOMEM"} if step.fault else frozenset())
         if errno_name not in allowed:
             text = f"{step.kind} was refused with -{errno_name}"
             self._problem("errno-as-documented", text)
 
     def _look_at_log(self, before: int) -> None:
+        if self.is_harmed:
+            return
         for message in self.kernel.messages[before:]:
             if is_warning(message):
                 self._problem("kernel-warned", message)
@@ -302,10 +381,18 @@ class World:
     def _ask(self, drained: bool) -> None:
         known = {(p.invariant, p.message) for p in self.problems}
         found: list[Violation] = []
-        if not self.is_over or self.machine.kernel is not None:
-            found = kit.audit(self.machine, drained=drained)
-        else:
-            found = self.machine.check()
+        try:
+            if not self.is_over or self.machine.kernel is not None:
+                found = kit.audit(self.machine, drained=drained)
+            else:
+                found = self.machine.check()
+        except KernelPanic:
+            if not self.is_harmed:
+                raise
+        if self.is_harmed:
+            return
         for violation in found:
+            if self.has_died and is_expected_after_death(violation.invariant):
+                continue
             if (violation.invariant, violation.message) not in known:
                 self._problem(violation.invariant, violation.message, violation.owner)

@@ -319,6 +319,36 @@ class Release:
     """``memfd_luo_freeze`` writes the seals again."""
     fix_memfd_mode: bool = False
     """``memfd_luo_retrieve``: a memfd with ``F_SEAL_EXEC`` is not executable."""
+    fix_memfd_leak: bool = False
+    """``memfd_luo_finish`` and ``_retrieve`` free the folios also where they lack memory."""
+    fix_vmalloc_restore: bool = False
+    """``kho_restore_vmalloc`` takes all memory that it needs before it restores anything."""
+    fix_restore_nodes: bool = False
+    """``kho_restore_pages`` splits its range at nodes, as ``kho_preserve_pages`` does."""
+    fix_preserve_twice: bool = False
+    """Preserving what is preserved already is -EEXIST."""
+    fix_subtree_name: bool = False
+    """``kho_add_subtree``: no name with an ``@``, which libfdt also finds without what follows."""
+    fix_subtree_debugfs: bool = False
+    """``kho_add_subtree`` does not warn where debugfs cannot have a file of that name."""
+    fix_region_name: bool = False
+    """``reserve_mem``: no name with an ``@``; see ``fix_subtree_name``."""
+    fix_debugfs_out: bool = False
+    """``out/fdt`` is there after a handover, too, and is as long as the tree is now."""
+    fix_debugfs_in: bool = False
+    """A file below ``in`` is gone when its blob is restored."""
+    fix_luo_off: bool = False
+    """With ``liveupdate=off`` the predecessor's sessions are finished at once."""
+    fix_session_release: bool = False
+    """A session that could not be finished when it was closed can be retrieved again."""
+    fix_session_fault: bool = False
+    """A session whose descriptor cannot be told to user space is not finished."""
+    fix_flb_retrieve: bool = False
+    """``liveupdate_flb_put_incoming`` does not warn of an object whose ``retrieve`` failed."""
+    fix_flb_unknown: bool = False
+    """A file that is finished leaves objects alone that the predecessor did not have."""
+    fix_scratch_zero: bool = False
+    """``kho_scratch=0%`` is refused, as sizes of zero are."""
 
     def evolve(self, **changes: Any) -> Release:
         """This release with some behaviours changed.

@@ -286,8 +286,14 @@ class Zone:
         """Take up to ``nr_blocks`` neighbours of the largest order: (first pfn, blocks)."""
         pfn = next(iter(self.max_blocks[migratetype]))
         taken = min(self.max_blocks[migratetype][pfn], nr_blocks)
-        self._take_max(migratetype, pfn, taken)
+        self.take_max(migratetype, pfn, taken)
         return pfn, taken
+
+    def max_run_at(self, migratetype: int, pfn: int) -> tuple[int, int]:
+        """The run of free largest blocks that holds ``pfn``: (first pfn, blocks)."""
+        starts = self.max_starts[migratetype]
+        start = starts[bisect_right(starts, pfn) - 1]
+        return start, self.max_blocks[migratetype][start]
 
     def take(self, migratetype: int, order: int, pfn: int) -> None:
         """Take the free block of ``order`` that starts at ``pfn``, wherever it stands."""
@@ -295,9 +301,10 @@ class Zone:
             del self.free[migratetype][order][pfn]
             self.nr_free[migratetype] -= 1 << order
         else:
-            self._take_max(migratetype, pfn, 1)
+            self.take_max(migratetype, pfn, 1)
 
-    def _take_max(self, migratetype: int, pfn: int, nr_blocks: int) -> None:
+    def take_max(self, migratetype: int, pfn: int, nr_blocks: int) -> None:
+        """Take ``nr_blocks`` free blocks of the largest order from ``pfn`` on."""
         # What is left behind the blocks of a run stays at the head, or goes to the tail.
         runs, starts = self.max_blocks[migratetype], self.max_starts[migratetype]
         i = bisect_right(starts, pfn) - 1

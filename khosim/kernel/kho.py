@@ -136,8 +136,10 @@ def _kho_init(kernel: Kernel) -> int:
         return _kho_init_failed(kernel, error)
     if incoming is not None:
         kernel.debugfs.in_init(incoming)
-        return 0
-    _free_scratch(kernel)
+        if not kernel.release.fix_debugfs_out:
+            return 0
+    else:
+        _free_scratch(kernel)
     size = kernel.fdt_totalsize(out.fdt_phys)
     kernel.debugfs.blob_add("out", "fdt", out.fdt_phys, size, root=True)
     return 0

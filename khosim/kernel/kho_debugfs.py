@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from khosim.abi import fdt
 from khosim.errors import KernelError
+from khosim.kernel.page_map import INCOMING
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
@@ -22,6 +23,12 @@ __all__ = ("KhoDebugfs",)
 _NAME_MAX = 255
 _MAX_RW_COUNT = 0x7FFFF000
 """What one ``read`` gives at most."""
+
+
+def _waits(kernel: Kernel, phys: int) -> bool:
+    # Whether the page is still to be restored; no kernel asks that yet.
+    run = kernel.pages.pages.find(phys >> kernel.arch.page_shift)
+    return run is not None and run.state.kind == INCOMING
 
 
 class KhoDebugfs:
@@ -63,6 +70,11 @@ class KhoDebugfs:
                 del self._blobs[path]
                 return
 
+    def restored(self, phys: int) -> None:
+        """The blob at ``phys`` is its owner's again; no kernel has this yet."""
+        if self._kernel.release.fix_debugfs_in:
+            self.blob_remove("in", phys)
+
     def remove_all(self, side: str) -> None:
         """``kho_out_update_debugfs_fdt`` after an abort: the files of all blobs of a side."""
         self._blobs = {
@@ -92,7 +104,8 @@ class KhoDebugfs:
                 )
             elif phys is not None and size is not None:
                 where = struct.unpack("<Q", phys)[0], struct.unpack("<Q", size)[0]
-                error = self.blob_add("in", name, *where)
+                is_gone = release.fix_debugfs_in and not _waits(kernel, where[0])
+                error = 0 if is_gone else self.blob_add("in", name, *where)
                 if error:
                     kernel.printk(
                         f"KHO: failed to add blob {name} to debugfs: -{errno.errorcode[-error]}"
@@ -118,6 +131,10 @@ class KhoDebugfs:
         finalize = ["out/finalize"] if self._kernel.release.finalize else []
         return sorted([*finalize, "out/scratch_len", "out/scratch_phys", *self._blobs])
 
+    def blob(self, path: str) -> tuple[int, int] | None:
+        """Address and size in bytes of what a file shows; None for one that shows no blob."""
+        return self._blobs.get(path)
+
     def write(self, path: str, value: int) -> None:
         """Write a number to a file; ``out/finalize`` is the only one that can be written.
 
@@ -142,6 +159,8 @@ class KhoDebugfs:
         if path == "out/finalize" and path in self.files():
             return b"%d\n" % kernel.kho_out.finalized
         phys, size_bytes = self._blobs[path]
+        if path == "out/fdt" and kernel.release.fix_debugfs_out:
+            size_bytes = kernel.fdt_totalsize(phys)
         size_bytes = min(size_bytes, len_bytes)
         if not size_bytes:
             return b""

@@ -349,6 +349,7 @@ class KhoIn:
             kernel.pages.adjust_managed_page_count(pfn, nr_pages)
         else:
             pages.refs.update(dict.fromkeys(range(pfn + 1, pfn + nr_pages), 1))
+        kernel.debugfs.restored(phys)
         self.restored.append((pfn, order))
         if kernel.trace is not None:
             kernel.emit(symbol, {"phys": phys, "order": order}, pfn)
@@ -365,15 +366,16 @@ class KhoIn:
     def restore_pages(self, phys: int, nr_pages: int) -> int | None:
         """``kho_restore_pages``: the first pfn of a range of order-0 pages, None on refusal.
 
-        Blocks before the refused one stay restored. The blocks are computed without regard for
-        nodes, unlike those of ``kho_preserve_pages``.
+        Blocks before a refused one stay restored; unlike ``kho_preserve_pages`` no node counts.
         """
         shift = self._kernel.arch.page_shift
-        start_pfn = phys >> shift
-        pfn, end_pfn = start_pfn, start_pfn + nr_pages
-        while pfn < end_pfn:
+        fixed, nid_of_pfn = self._kernel.release.fix_restore_nodes, self._kernel.nid_of_pfn
+        pfn = start_pfn = phys >> shift
+        while pfn < (end_pfn := start_pfn + nr_pages):
             trailing = (pfn & -pfn).bit_length() - 1
             order = min(trailing, (end_pfn - pfn).bit_length() - 1)
+            while fixed and order and nid_of_pfn(pfn) != nid_of_pfn(pfn + (1 << order) - 1):
+                order -= 1
             if self._restore_page(pfn << shift, False, "kho_restore_pages") is None:
                 return None
             pfn = (pfn + int_shift(order)) & _U64

@@ -22,7 +22,7 @@ from khosim.abi import fdt
 from khosim.abi.kexec_metadata import KHO_METADATA_NODE_NAME, pack_kexec_metadata
 from khosim.errors import KernelError, KernelPanic, KhoSimError
 from khosim.kernel.kho_fdt import new_root_fdt, with_subtree
-from khosim.kernel.kho_radix import Pfns, key_base, kho_encode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree, Pfns, key_base, kho_encode_radix_key
 from khosim.kernel.kho_tracker import make_tracker
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ class KhoOut:
         if release.finalize == "notifiers":
             append_subtree(kernel, name, phys)
             return
+        if release.fix_subtree_name and "@" in name:
+            raise KernelError(errno.EINVAL, "kho_add_subtree", f"subtree {name!r}")
         buf = root_fdt(kernel, "kho_add_subtree")
         props = [(release.subtree_phys_prop, phys)]
         if release.subtree_size_prop:
@@ -151,7 +153,8 @@ class KhoOut:
         if not error:
             if not release.subtree_size_prop:
                 size_bytes = kernel.fdt_totalsize(phys)
-            if kernel.debugfs.blob_add("out", name, phys, size_bytes):
+            failed = kernel.debugfs.blob_add("out", name, phys, size_bytes)
+            if failed and not release.fix_subtree_debugfs:
                 kernel.warn_once(
                     "WARNING: kho_add_subtree: the blob is not in debugfs", "kho_add_subtree"
                 )
@@ -189,7 +192,7 @@ class KhoOut:
         if kernel.config.debug:
             self._check_debug("kho_preserve_folio", pfn, 1 << order)
         key = kho_encode_radix_key(pfn << kernel.arch.page_shift, order, kernel.arch.page_shift)
-        error = self.tree.add_key(key)
+        error = self._add_key(key)
         if kernel.trace is not None:
             kernel.emit("kho_preserve_folio", {"pfn": pfn, "order": order}, error)
         if error:
@@ -266,7 +269,7 @@ class KhoOut:
         at, error = pfn, 0
         while at < end_pfn:
             order = self._pages_order(at, end_pfn, splits)
-            error = self.tree.add_key(kho_encode_radix_key(at << shift, order, shift))
+            error = self._add_key(kho_encode_radix_key(at << shift, order, shift))
             if error:
                 self._unpreserve(pfn, at)
                 break
@@ -293,6 +296,12 @@ class KhoOut:
             if self.tree.del_key(key) is False:
                 return
             pfn = (pfn + int_shift(order)) & ((1 << 64) - 1)
+
+    def _add_key(self, key: int) -> int:
+        tree = self.tree
+        if self._kernel.release.fix_preserve_twice and isinstance(tree, KhoRadixTree):
+            return -errno.EEXIST if tree.has_key(key) else tree.add_key(key)
+        return tree.add_key(key)
 
     def _pages_order(self, start_pfn: int, end_pfn: int, splits_at_nodes: bool) -> int:
         if not start_pfn:

@@ -59,7 +59,7 @@ class ScratchSizes:
         if not text:
             return -errno.EINVAL
         if text[-1] == "%":
-            return self._parse_scale(text[:-1], notice)
+            return self._parse_scale(text[:-1], notice, release)
         sizes = []
         at = 0
         for i in range(3):
@@ -80,7 +80,9 @@ class ScratchSizes:
         notice(f"KHO: scratch areas: lowmem: {mib[0]}MiB global: {mib[1]}MiB pernode: {mib[2]}MiB")
         return 0
 
-    def _parse_scale(self, digits: str, notice: Callable[[str], None]) -> int:
+    def _parse_scale(
+        self, digits: str, notice: Callable[[str], None], release: Release | None
+    ) -> int:
         # len > ARRAY_SIZE(s_scale) with the '%' counted: ten digits are the most.
         if len(digits) + 1 > 11:
             return -errno.EINVAL
@@ -91,6 +93,8 @@ class ScratchSizes:
             return -errno.EINVAL
         if int(number) > _U32_MAX:
             return -errno.ERANGE
+        if not int(number) and release is not None and release.fix_scratch_zero:
+            return -errno.EINVAL
         self.scale_percent = int(number)
         signed = self.scale_percent - (self.scale_percent >> 31 << 32)  # printed with %d
         notice(f"KHO: scratch scale is {signed}%")

@@ -302,6 +302,10 @@ def kho_restore_vmalloc(kernel: Kernel, slot: KhoVmallocSlot) -> VmStruct | None
 
 def _restore_area(kernel: Kernel, descriptor: KhoVmalloc, pages: Buffer) -> VmStruct | None:
     restored = VmStruct(kernel, 0, 0)
+    first = kernel.release.fix_vmalloc_restore
+    area = _new_area(kernel, descriptor) if first else None
+    if first and area is None:
+        return None
     chunk = descriptor.first
     while chunk:
         kernel.virt(chunk, kernel.arch.page_size)
@@ -314,11 +318,8 @@ def _restore_area(kernel: Kernel, descriptor: KhoVmalloc, pages: Buffer) -> VmSt
         kernel.pages.free_pages(pfn, 0)
     if restored.nr_pages != descriptor.total_pages or not restored.nr_pages:
         return None
-    flags = VM_ALLOC if descriptor.flags & KHO_VMALLOC_ALLOC else 0
-    if descriptor.flags & KHO_VMALLOC_HUGE_VMAP:
-        flags |= VM_ALLOW_HUGE_VMAP
-    area = get_vm_area(kernel, flags, descriptor.order if kernel.release.fix_vmalloc_order else 0)
-    if area is None or not kmalloc(kernel, "vmap_pages_range"):
+    area = area or _new_area(kernel, descriptor)
+    if area is None:
         return None
     for start_pfn, nr_pages in restored.runs:
         if kernel.release.vmalloc_fills_pages or not descriptor.order:
@@ -330,6 +331,15 @@ def _restore_area(kernel: Kernel, descriptor: KhoVmalloc, pages: Buffer) -> VmSt
                 area.add_run(head, 1)
     area.free_pages_array = lambda: kvfree(kernel, pages)
     return area
+
+
+def _new_area(kernel: Kernel, descriptor: KhoVmalloc) -> VmStruct | None:
+    # __get_vm_area_node and vmap_pages_range: what else needs memory.
+    flags = VM_ALLOC if descriptor.flags & KHO_VMALLOC_ALLOC else 0
+    if descriptor.flags & KHO_VMALLOC_HUGE_VMAP:
+        flags |= VM_ALLOW_HUGE_VMAP
+    area = get_vm_area(kernel, flags, descriptor.order if kernel.release.fix_vmalloc_order else 0)
+    return None if area is None or not kmalloc(kernel, "vmap_pages_range") else area
 
 
 def _restore_blocks(kernel: Kernel, descriptor: KhoVmalloc, chunk: int, restored: VmStruct) -> bool:

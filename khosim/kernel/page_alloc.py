@@ -302,6 +302,10 @@ class PageAllocator(ZoneLayout):
         """``split_page``: a block becomes order-0 pages with a reference each."""
         self.pages.set(pfn, pfn + (1 << order), self._state(0, False, owner))
 
+    def split_range(self, start_pfn: int, end_pfn: int, owner: str) -> None:
+        """Free pages that were taken from the buddy become order-0 pages of ``owner``."""
+        self.pages.set(start_pfn, end_pfn, self._state(0, False, owner))
+
     def get_page(self, pfn: int) -> None:
         """``get_page``: one more reference on the block that starts at ``pfn``.
 

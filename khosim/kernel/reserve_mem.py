@@ -72,6 +72,8 @@ class ReserveMem:
         name = text[at + 1 :]
         if not name or len(name) >= _NAME_SIZE or not name.strip(_SPACE):
             return self._malformed()
+        if kernel.release.fix_region_name and "@" in name:
+            return self._malformed()
         if self.find_by_name(name) is not None:
             kernel.printk(f'reserve_mem: name "{name}" was already used')
             return -errno.EBUSY

@@ -87,6 +87,18 @@ class Hardware:
 
         self.devices = Devices.from_blob(blob, self.ram, self.is_ram, self.ram_ranges)
 
+    def change_memory(self, memory_map: MemoryMap) -> None:
+        """Other memory from now on: RAM that is gone, or back. Bytes stay where they were.
+
+        Raises :class:`InputError` for RAM that never was there.
+        """
+        if memory_map.arch != self.arch or self.ram.size_bytes < memory_map.end_phys:
+            raise InputError("RAM", "it does not fit the memory map")
+        self.memory_map = memory_map
+        self.ram_ranges = memory_map.ram_ranges
+        self._starts = [start for start, _ in self.ram_ranges]
+        self._ends = [end for _, end in self.ram_ranges]
+
     def is_ram(self, phys: int, len_bytes: int = 1) -> bool:
         """Whether all of [phys, phys + len_bytes) is RAM by the memory map, holes excluded.
 

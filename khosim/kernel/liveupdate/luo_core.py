@@ -164,6 +164,8 @@ class Luo:
         """``luo_late_startup`` and ``liveupdate_ioctl_init``."""
         if self.kernel.release.fix_luo_without_kho and not self.kernel.kho_enable:
             self.enabled = False
+        if self.kernel.release.fix_luo_off and self.kernel.kho_enable and not self.enabled:
+            self._finish_unwanted()
         if not self.enabled:
             return
         error = 0
@@ -176,6 +178,23 @@ class Luo:
             self.kernel.emit("luo_late_startup", {}, error)
         if self.enabled:
             self.misc_registered = True
+
+    def _finish_unwanted(self) -> None:
+        # No kernel has this yet: nobody can ever ask for the predecessor's sessions.
+        release = self.kernel.release
+        if not release.memfd or not self.sessions.incoming.active:
+            return
+        handler = MemfdLuoHandler(LAYOUTS[release.memfd])
+        self.handlers = {handler.compatible: handler}
+        self.flb.links[handler] = []
+        try:
+            self.sessions.deserialize()
+            for session in list(self.sessions.incoming.sessions.values()):
+                session.retrieved = True
+                self.sessions.release(session)
+        except KernelError as refused:
+            self.kernel.printk(f"luo: the predecessor's sessions cannot be finished: {refused}")
+        self.handlers = {}
 
     def memfd_init(self) -> None:
         """``memfd_luo_init``."""

@@ -294,6 +294,8 @@ class LuoFlbs:
             try:
                 self._retrieve_one(flb)
             except KernelError as refused:
+                if kernel.release.fix_flb_retrieve:
+                    return
                 kernel.warn(f"WARNING: {symbol}: {refused}")
                 return
         assert flb.ops.finish is not None
@@ -307,10 +309,15 @@ class LuoFlbs:
     def file_finish(self, handler: FileHandler) -> None:
         """``luo_flb_file_finish``: one file of ``handler`` is finished, last object first."""
         for private in reversed(self.links[handler]):
+            if self._kernel.release.fix_flb_unknown and self._is_unknown(private):
+                continue
             if self._kernel.release.fix_flb_finish and not private.incoming.retrieve_status:
                 with suppress(KernelError):
                     self._retrieve_one(private.flb)
             self.put_incoming(private.flb)
+
+    def _is_unknown(self, private: LuoFlb) -> bool:
+        return not self.incoming_pa or self._find(private.flb.compatible) is None
 
     def _retrieve_one(self, flb: Flb) -> None:
         # luo_flb_retrieve_one

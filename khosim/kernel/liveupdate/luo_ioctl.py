@@ -117,7 +117,13 @@ def _name(cmd: bytearray) -> str:
     return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
-def _answer_with_fd(ucmd: LuoUcmd, make: Callable[[], File]) -> None:
+def _fput(file: File) -> None:
+    file.fput()
+
+
+def _answer_with_fd(
+    ucmd: LuoUcmd, make: Callable[[], File], undo: Callable[[File], None] = _fput
+) -> None:
     # The descriptor is set aside first, and given to the file when the answer has been written.
     fd = ucmd.process.get_unused_fd()
     try:
@@ -126,7 +132,7 @@ def _answer_with_fd(ucmd: LuoUcmd, make: Callable[[], File]) -> None:
         try:
             ucmd.respond()
         except KernelError:
-            file.fput()
+            undo(file)
             raise
     except KernelError:
         ucmd.process.put_unused_fd(fd)
@@ -141,7 +147,13 @@ def _create_session(luo: Luo, ucmd: LuoUcmd) -> None:
 
 def _retrieve_session(luo: Luo, ucmd: LuoUcmd) -> None:
     # luo_ioctl_retrieve_session; a session whose descriptor cannot be told is finished at once.
-    _answer_with_fd(ucmd, lambda: luo.sessions.retrieve(_name(ucmd.cmd)))
+    def undo(file: File) -> None:
+        if luo.kernel.release.fix_session_fault:
+            luo.sessions.unretrieve(_name(ucmd.cmd))
+        else:
+            file.fput()
+
+    _answer_with_fd(ucmd, lambda: luo.sessions.retrieve(_name(ucmd.cmd)), undo)
 
 
 _DEVICE_OPS = (

@@ -286,6 +286,10 @@ class LuoSessions:
             kernel.emit(symbol, {"name": session.name}, 0)
         return file
 
+    def unretrieve(self, name: str) -> None:
+        """No kernel has this yet: as if the session had not been retrieved."""
+        self.incoming.sessions[name].retrieved = False
+
     def release(self, session: LuoSession) -> None:
         """``luo_session_release``: the last descriptor is closed: finish, or call it off."""
         self.down_read()
@@ -295,6 +299,7 @@ class LuoSessions:
                 session.file_set.finish()
             except KernelError:
                 kernel.printk(f"luo: Unable to finish session [{session.name}] on release")
+                session.retrieved = not kernel.release.fix_session_release
                 return
             header = self.incoming
         else:

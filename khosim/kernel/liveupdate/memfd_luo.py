@@ -47,6 +47,7 @@ from khosim.kernel.kho_vmalloc import (
 )
 from khosim.kernel.kvmalloc import kvfree, kvmalloc
 from khosim.kernel.liveupdate.file_ops import FileHandler, LiveupdateFileOpArgs
+from khosim.kernel.liveupdate.memfd_discard import discard_unmapped
 from khosim.kernel.liveupdate.memfd_records import discard_folios, folio_runs, write_records
 from khosim.kernel.liveupdate.memfd_retrieve import retrieve_folios
 from khosim.kernel.memfd import MFD_ALLOW_SEALING, Memfd, memfd_alloc_file
@@ -182,6 +183,7 @@ class MemfdLuoHandler(FileHandler):
         phys = args.serialized_data
         ser = self._load(kernel, phys)
         file: Memfd | None = None
+        is_left = bool(ser.nr_folios) and kernel.release.fix_memfd_leak
         try:
             if ser.seals & ~MEMFD_LUO_ALL_SEALS:
                 raise KernelError(errno.EOPNOTSUPP, symbol, f"seals {ser.seals:#x}")
@@ -197,6 +199,7 @@ class MemfdLuoHandler(FileHandler):
                 records = kho_restore_vmalloc(kernel, slot)
                 if records is None:
                     raise KernelError(errno.EINVAL, symbol, "the records cannot be restored")
+                is_left = False
                 try:
                     retrieve_folios(file, records, ser.nr_folios)
                 finally:
@@ -204,6 +207,8 @@ class MemfdLuoHandler(FileHandler):
         except KernelError as refused:
             if file is not None:
                 file.fput()
+            if is_left:
+                discard_unmapped(kernel, phys + self.layout.folios_offset, ser.nr_folios)
             if kernel.release.memfd_frees_header:
                 kernel.kho_restore_free(phys)
             if kernel.trace is not None:
@@ -227,6 +232,8 @@ class MemfdLuoHandler(FileHandler):
             if records is not None:
                 discard_folios(kernel, folio_runs(kernel, records, ser.nr_folios), warn=True)
                 vfree(kernel, records)
+            elif kernel.release.fix_memfd_leak:
+                discard_unmapped(kernel, slot.phys, ser.nr_folios)
         kernel.kho_restore_free(phys)
         if kernel.trace is not None:
             kernel.emit("memfd_luo_finish", {"phys": phys, "nr_folios": ser.nr_folios}, None)

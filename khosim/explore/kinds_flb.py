@@ -1,0 +1,144 @@
+"""Steps with tokens, files of the search's own, and with what they share: a ledger, or nothing.
+
+A kernel may know tokens with a ledger or without one, whatever its predecessor knew; a token may
+refuse to be preserved, to be frozen, or once to be finished; a ledger may refuse to be found again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from khosim.explore.kinds import NEW, Args, Kind
+from khosim.explore.kinds_memfd import FILES_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from khosim.explore.world import World
+
+__all__ = ("KINDS",)
+
+
+def _is_on(world: World) -> bool:
+    return world.has_kernel and world.kernel.liveupdate.enabled
+
+
+def _token_choices(world: World) -> list[Args]:
+    if not _is_on(world) or not world.of("ledger") or len(world.of("file")) >= FILES_MAX:
+        return []
+    return [(NEW, refuses) for refuses in ("", "preserve", "freeze", "finish")]
+
+
+def _token_done(world: World, args: Args) -> None:
+    world.add("file", args[0], type="token", session="", was="", refuses=args[1])
+
+
+def _ledger_choices(world: World) -> list[Args]:
+    if not _is_on(world) or world.of("ledger"):
+        return []
+    # What came and cannot be found again is the plainest way to lose it.
+    return [(NEW,), (NEW, "retrieve")] if "ledger" in world.came else [(NEW,)]
+
+
+def _tokens_choices(world: World) -> list[Args]:
+    # A ledger that came needs somebody who knows it.
+    if not _is_on(world) or world.of("ledger") or "ledger" in world.came:
+        return []
+    return [(NEW,)]
+
+
+def _ledger_done(world: World, args: Args) -> None:
+    world.add("ledger", args[0], gets=0, flb=True, asked=False, refuses="".join(args[1:]))
+
+
+def _tokens_done(world: World, args: Args) -> None:
+    world.add("ledger", args[0], gets=0, flb=False, asked=False, refuses="")
+
+
+def _ledger_get(world: World) -> list[Args]:
+    needed = any(item["type"] == "token" for item in world.of("file", "preserved"))
+    ledgers = [item for item in world.of("ledger") if item["flb"]]
+    return [(item.name,) for item in ledgers if needed and not item["gets"]]
+
+
+def _incoming_get(world: World) -> list[Args]:
+    # The ledger came over if a token's session did and is not finished yet.
+    came = any(
+        item["type"] == "token" and item["was"] for item in world.of("file", "incoming", "arrived")
+    )
+    if not came or "ledger" not in world.came:
+        return []
+    return [(item.name,) for item in world.of("ledger") if item["flb"] and not item["gets"]]
+
+
+def _gets(count: int) -> Callable[[World, Args], None]:
+    def done(world: World, args: Args) -> None:
+        world.items[args[0]].facts["gets"] = count
+
+    return done
+
+KINDS = (
+    Kind(
+        "ledger",
+        "flb",
+        _ledger_choices,
+        lambda w, g, refuses="": f"{g} = ledger(kernel{f', {refuses!r}' if refuses else ''})",
+        _ledger_done,
+        letter="g",
+        can_fail=False,
+        weight=10,
+    ),
+    Kind(
+        "tokens",
+        "flb",
+        _tokens_choices,
+        lambda w, g: f"{g} = tokens(kernel)",
+        _tokens_done,
+        letter="g",
+        can_fail=False,
+        weight=4,
+    ),
+    Kind(
+        "token",
+        "flb",
+        _token_choices,
+        lambda w, k, refuses: f"{k} = Token(kernel, 7{f', {refuses!r}' if refuses else ''})",
+        _token_done,
+        letter="k",
+        can_fail=False,
+        weight=6,
+    ),
+    Kind(
+        "get_outgoing",
+        "flb",
+        _ledger_get,
+        lambda w, g: f"kernel.liveupdate.flb_get_outgoing({g})",
+        _gets(1),
+        can_fail=False,
+    ),
+    Kind(
+        "get_incoming",
+        "flb",
+        _incoming_get,
+        lambda w, g: f"kernel.liveupdate.flb_get_incoming({g})",
+        _gets(2),
+        errnos=frozenset(("EIO",)),
+        can_fail=False,
+    ),
+    Kind(
+        "put_incoming",
+        "flb",
+        lambda w: [(i.name,) for i in w.of("ledger") if i["gets"] == 2],
+        lambda w, g: f"kernel.liveupdate.flb_put_incoming({g})",
+        _gets(0),
+        can_fail=False,
+    ),
+    Kind(
+        "put_outgoing",
+        "flb",
+        lambda w: [(i.name,) for i in w.of("ledger") if i["gets"] == 1],
+        lambda w, g: f"kernel.liveupdate.flb_put_outgoing({g})",
+        _gets(0),
+        can_fail=False,
+    ),
+)

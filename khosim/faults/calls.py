@@ -1,0 +1,141 @@
+"""Faults within a call: memory that is not there, a file that refuses, a task that dies.
+
+An allocation fails as in ``mm/fail_page_alloc.c`` @ 7.3, which counts requests; a refusing freeze
+is a handler's ``freeze`` callback that returns -EBUSY (``kernel/liveupdate/luo_file.c:
+luo_file_freeze_one``); an oops ends the task in the middle of what it did (``kernel/exit.c:
+make_task_dead``) and leaves everything as it is then. Left out: the locks that it held.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from khosim.errors import InputError, KernelError, KhoSimError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from khosim.kernel.kernel import Kernel
+    from khosim.kernel.liveupdate.file_ops import LiveupdateFileOpArgs, Op
+    from khosim.kernel.trace import Event
+
+__all__ = ("Death", "Nth", "TaskDied", "failing_allocation", "oops", "refusing_freeze")
+
+
+def _positive(name: str, n: object) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise InputError(name, f"{n!r} is not a number from 1 on")
+
+
+class Nth:
+    """Refuses the ``n``-th request for memory, counted from 1, and no other."""
+
+    __slots__ = ("left", "where")
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+        self.where = ""
+        """Who was refused, once somebody was."""
+
+    def __call__(self, order: int, owner: str) -> bool:
+        """As ``kernel.pages.fail``."""
+        self.left -= 1
+        if self.left:
+            return False
+        self.where = owner
+        return True
+
+
+@contextmanager
+def failing_allocation(kernel: Kernel, n: int) -> Iterator[Nth]:
+    """Within, the ``n``-th request of ``kernel`` for memory fails, counted from 1, and no other.
+
+    Whatever asks counts: slab as well as pages. Raises :class:`InputError` for ``n`` below 1.
+    """
+    _positive("failing_allocation: n", n)
+    fault = Nth(n)
+    before, kernel.pages.fail = kernel.pages.fail, fault
+    try:
+        yield fault
+    finally:
+        kernel.pages.fail = before
+
+
+class TaskDied(KhoSimError):
+    """The task that made a call is gone; :func:`oops` ends with it."""
+
+
+class Death:
+    """The ``n``-th event of ``kernel`` raises :class:`TaskDied`, until :meth:`undo`."""
+
+    __slots__ = ("_before", "_kernel", "_left")
+
+    def __init__(self, kernel: Kernel, n: int) -> None:
+        self._kernel = kernel
+        self._left = n
+        self._before = kernel.trace
+        kernel.trace = self._die
+
+    def _die(self, event: Event) -> None:
+        if self._before is not None:
+            self._before(event)
+        self._left -= event.symbol != "printk"
+        if not self._left:
+            self.undo()
+            raise TaskDied(f"the task died in {event.symbol}")
+
+    def undo(self) -> None:
+        """Nobody dies any more."""
+        self._kernel.trace = self._before
+
+
+@contextmanager
+def oops(kernel: Kernel, n: int) -> Iterator[None]:
+    """Within, the task dies at the ``n``-th event of ``kernel``, counted from 1.
+
+    What it had done by then stays done, what it had not stays undone, and the kernel lives on.
+    Where fewer things happen, nothing does. Raises :class:`InputError` for ``n`` below 1.
+    """
+    _positive("oops: n", n)
+    death = Death(kernel, n)
+    try:
+        yield
+    except TaskDied:
+        pass
+    finally:
+        death.undo()
+
+
+@contextmanager
+def refusing_freeze(kernel: Kernel, nth: int = 1) -> Iterator[None]:
+    """Within, the ``nth`` file that is frozen says -EBUSY, whoever's file it is.
+
+    ``kexec`` then raises :class:`~khosim.errors.KernelError` and the kernel lives on. Where fewer
+    files are preserved nothing is refused.
+    """
+    _positive("refusing_freeze: nth", nth)
+    left = nth
+    handlers = list(kernel.liveupdate.handlers.values())
+    before = [handler.ops.freeze for handler in handlers]
+
+    def guarded(freeze: Op | None) -> Callable[[LiveupdateFileOpArgs], None]:
+        def call(args: LiveupdateFileOpArgs) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KernelError(errno.EBUSY, "freeze", f"file number {nth} refuses")
+            if freeze is not None:
+                freeze(args)
+
+        return call
+
+    for handler in handlers:
+        handler.ops.freeze = guarded(handler.ops.freeze)
+    try:
+        yield
+    finally:
+        for handler, freeze in zip(handlers, before, strict=True):
+            handler.ops.freeze = freeze
