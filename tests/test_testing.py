@@ -148,6 +148,31 @@ def test_no_alarm_where_nothing_is_wrong(release: str) -> None:
     assert deep_lives(case, seed=11, lives=2, steps=50) > 50
 
 
+def test_damage_is_survived() -> None:
+    """Dying tasks and damaged handovers: kernels end in outcomes of their own, others go on."""
+    case = handover_machine(
+        standard=("memory", "vmalloc", "sessions"),
+        faults=fault_plans(kinds=("oops", "bytes"), max_size=6),
+    )
+    assert deep_lives(case, seed=3, lives=3, steps=40) == 120
+
+
+def test_faults_say_what_survives() -> None:
+    """A plan is a promise: of damaged bytes nothing survives but the machine."""
+    told = {kind: Fault(kind, 0).survives for kind in ("freeze", "oops", "bytes", "crash")}
+    assert told["freeze"] == "everything"
+    assert told["oops"] == "all but the step's things"
+    assert told["bytes"] == told["crash"] == "the machine"
+
+
+def test_bytes_wait_for_a_kexec() -> None:
+    """A damage strikes at the first jump from its step on, and the life goes on on a new machine."""
+    plan = FaultPlan((Fault("bytes", 2, 1),))
+    assert plan.strike(3, is_kexec=False) is None
+    assert plan.strike(3, is_kexec=True) == Fault("bytes", 2, 1)
+    assert FaultPlan((Fault("oops", 3),)).strike(3, is_kexec=True) is None
+
+
 TestQuiet: Any = handover_machine(faults=fault_plans(), releases=release_pairs())
 TestQuiet.settings = settings(TestQuiet.settings, max_examples=6, derandomize=True, database=None)
 

@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from khosim.explore.catalog import GIVES_BACK, KINDS, SCENARIOS
-from khosim.explore.kinds import NEW, Kind
+from khosim.explore.kinds import NEW, Args, Kind
 from khosim.explore.kinds_boot import machine_weight
 from khosim.explore.world import Step, World
 
@@ -72,7 +72,9 @@ def _machine(random: Random, world: World, groups: Sequence[str]) -> tuple[Any, 
     spec = random.choices(specs, [machine_weight(spec) for spec in specs])[0]
     lines = [args for args in choices if args[0] == spec]
     odd = "region" in groups or "successors" in groups
-    return random.choice(lines) if odd and random.random() < 0.6 else lines[0]
+    if not odd or random.random() > 0.6:
+        return lines[0]
+    return _by_change(random, lines[0][1], [(args[1], args) for args in lines])
 
 
 def _random_step(
@@ -86,12 +88,26 @@ def _random_step(
             left.remove(kind)
             continue
         args = random.choice(choices)
-        if kind.name == "kexec" and ("successors" not in groups or random.random() < 0.4):
+        if kind.name == "kexec":
             args = choices[0]
+            if "successors" in groups and random.random() < 0.6:
+                args = _by_change(random, world.cmdline, [(args[0], args) for args in choices])
         step = Step(kind.name, named(world, kind, args), *_fault(random, kind, groups))
         world.run(step)
         return True
     return False
+
+
+def _by_change(random: Random, before: str, choices: list[tuple[str, Args]]) -> Args:
+    # One way to change a command line is as likely as another, however many values it has.
+    ways: dict[tuple[Any, ...], list[Args]] = {}
+    words = before.split()
+    for line, args in choices:
+        now = line.split()
+        more = tuple(word.split("=")[0] for word in now if word not in words)
+        less = tuple(word.split("=")[0] for word in words if word not in now)
+        ways.setdefault((more, less, len(args)), []).append(args)
+    return random.choice(ways[random.choice(list(ways))])
 
 
 def _fault(random: Random, kind: Kind, groups: Sequence[str]) -> tuple[int, bool, bool]:

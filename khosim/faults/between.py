@@ -10,7 +10,7 @@ Left out: bytes that change while the new kernel reads them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from khosim.abi.boot_params import BOOT_PARAMS_BYTES, E820_RAM, parse_boot_params, with_e820
 from khosim.faults.places import places
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = (
     "Between",
     "flipped",
+    "jump_with",
     "lost_memory",
     "overwritten",
     "regained_memory",
@@ -46,6 +47,18 @@ class Between:
     def strike(self, kernel: Kernel) -> None:
         """Strike: ``kernel`` has just jumped, its successor has not run yet."""
         self.has_struck = True
+
+
+def jump_with(kernel: Kernel, *faults: Between, **options: Any) -> Any:
+    """A kexec of ``kernel`` at which ``faults`` strike: the successor, which may panic.
+
+    ``options`` are those of :meth:`khosim.Machine.kexec`.
+    """
+    host: Any = kernel.host
+    host.load_successor(kernel, **options)
+    for fault in faults:
+        fault.strike(kernel)
+    return host.resume()
 
 
 class _Bytes(Between):

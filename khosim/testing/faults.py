@@ -1,41 +1,73 @@
-"""Faults that a test can order: memory that is not there, a file that refuses, a crash.
+"""Plans of faults for a life: what strikes at which step, and what has to survive it.
 
-An allocation fails as in ``mm/fail_page_alloc.c`` @ 7.3, which counts requests; a refusing freeze
-is a handler's ``freeze`` callback that returns -EBUSY (``kernel/liveupdate/luo_file.c:
-luo_file_freeze_one``); a crash is a cold boot, after which nothing that was preserved has a
-future. Left out: faults of the hardware, and bytes that change on their own.
+The faults themselves are in :mod:`khosim.faults`; a crash is a cold boot, after which nothing that
+was preserved has a future.
 """
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from khosim.errors import InputError, KernelError
+from khosim.faults.between import flipped, jump_with, overwritten, stale, torn
+from khosim.faults.calls import failing_allocation, oops, refusing_freeze
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+__all__ = (
+    "DAMAGES",
+    "KINDS",
+    "PLAIN",
+    "Fault",
+    "FaultPlan",
+    "failing_allocation",
+    "flipped",
+    "jump_with",
+    "oops",
+    "overwritten",
+    "refusing_freeze",
+    "stale",
+    "torn",
+)
 
-    from khosim.kernel.kernel import Kernel
-    from khosim.kernel.liveupdate.file_ops import LiveupdateFileOpArgs, Op
+PLAIN = ("allocation", "freeze", "crash")
+KINDS = (*PLAIN, "oops", "bytes")
 
-__all__ = ("KINDS", "Fault", "FaultPlan", "failing_allocation", "refusing_freeze")
-
-KINDS = ("allocation", "freeze", "crash")
+DAMAGES = (
+    "overwritten('root FDT', 0, 'ffffffff')",
+    "overwritten('map', 8, 'ffffffffffffffff')",
+    "overwritten('LUO', 16, '0100000000000000')",
+    "overwritten('/LUO/sessions/blocks[0]', 8, 'ffffffffffffffff')",
+    "flipped('table', 70)",
+    "flipped('scratch array', 70)",
+    "stale(kernel, 'root FDT')",
+    "stale(kernel, 'LUO')",
+    "torn(kernel, 'root FDT')",
+    "torn(kernel, 'table')",
+)
+"""What a fault of kind "bytes" does, by its number: places of the handover that it hits."""
 
 
 class Fault(NamedTuple):
     """One fault. ``kind`` is one of :data:`KINDS`, ``at`` the number of the step it strikes.
 
     "allocation": the ``n``-th allocation of that step fails, counted from 1. "freeze": the
-    ``n``-th file refuses at the first kexec from that step on. "crash": before that step.
+    ``n``-th file refuses at the first kexec from that step on. "crash": before that step. "oops":
+    the task dies at the ``n``-th event of that step. "bytes": the ``n``-th of :data:`DAMAGES`
+    strikes at the first kexec from that step on.
     """
 
     kind: str
     at: int
     n: int = 1
+
+    @property
+    def survives(self) -> str:
+        """What has to: "everything", "all but the step's things", "the machine".
+
+        Of a damaged handover nothing is promised but that each kernel ends in an outcome of its
+        own: a refusal, a warning, a panic. Outside of what survives it is a scenario, no finding.
+        """
+        if self.kind in ("allocation", "freeze"):
+            return "everything"
+        return "all but the step's things" if self.kind == "oops" else "the machine"
 
 
 class FaultPlan(NamedTuple):
@@ -46,12 +78,15 @@ class FaultPlan(NamedTuple):
     def strike(self, step: int, *, is_kexec: bool) -> Fault | None:
         """The fault that step number ``step`` has to bear, if any.
 
-        A freeze waits for the first kexec from its step on.
+        A freeze and bytes wait for the first kexec from their step on, which no oops strikes.
         """
+        waits = ("freeze", "bytes")
         for fault in self.faults:
-            if fault.at == step and fault.kind != "freeze":
+            if fault.at == step and fault.kind not in waits and not (
+                is_kexec and fault.kind == "oops"
+            ):
                 return fault
-        waiting = [fault for fault in self.faults if fault.kind == "freeze" and fault.at <= step]
+        waiting = [fault for fault in self.faults if fault.kind in waits and fault.at <= step]
         return waiting[-1] if waiting and is_kexec else None
 
     def without(self, fault: Fault) -> FaultPlan:
@@ -59,61 +94,3 @@ class FaultPlan(NamedTuple):
         return FaultPlan(
             tuple(f for f in self.faults if f.kind != fault.kind or f.at > fault.at)
         )
-
-
-def _positive(name: str, n: object) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise InputError(name, f"{n!r} is not a number from 1 on")
-
-
-@contextmanager
-def failing_allocation(kernel: Kernel, n: int) -> Iterator[None]:
-    """Within, the ``n``-th request of ``kernel`` for memory fails, counted from 1, and no other.
-
-    Whatever asks counts: slab as well as pages. Raises :class:`InputError` for ``n`` below 1.
-    """
-    _positive("failing_allocation: n", n)
-    left = n
-
-    def refuse(_order: int, _owner: str) -> bool:
-        nonlocal left
-        left -= 1
-        return left == 0
-
-    before, kernel.pages.fail = kernel.pages.fail, refuse
-    try:
-        yield
-    finally:
-        kernel.pages.fail = before
-
-
-@contextmanager
-def refusing_freeze(kernel: Kernel, nth: int = 1) -> Iterator[None]:
-    """Within, the ``nth`` file that is frozen says -EBUSY, whoever's file it is.
-
-    ``kexec`` then raises :class:`~khosim.errors.KernelError` and the kernel lives on. Where fewer
-    files are preserved nothing is refused.
-    """
-    _positive("refusing_freeze: nth", nth)
-    left = nth
-    handlers = list(kernel.liveupdate.handlers.values())
-    before = [handler.ops.freeze for handler in handlers]
-
-    def guarded(freeze: Op | None) -> Callable[[LiveupdateFileOpArgs], None]:
-        def call(args: LiveupdateFileOpArgs) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise KernelError(errno.EBUSY, "freeze", f"file number {nth} refuses")
-            if freeze is not None:
-                freeze(args)
-
-        return call
-
-    for handler in handlers:
-        handler.ops.freeze = guarded(handler.ops.freeze)
-    try:
-        yield
-    finally:
-        for handler, freeze in zip(handlers, before, strict=True):
-            handler.ops.freeze = freeze

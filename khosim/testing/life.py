@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from khosim.checks.history import History
 from khosim.checks.look import AT_ANY_TIME, Look
 from khosim.checks.ranges import merged, minus, page_ranges
-from khosim.errors import KernelError
+from khosim.errors import KernelError, KernelPanic
 from khosim.kernel.kho_vmalloc import (
     KhoVmallocSlot,
     kho_preserve_vmalloc,
@@ -24,7 +24,18 @@ from khosim.kernel.kho_vmalloc import (
 from khosim.kernel.vmalloc import vfree, vmalloc
 from khosim.simulator import Machine
 from khosim.testing import asserts
-from khosim.testing.faults import Fault, failing_allocation, refusing_freeze
+from khosim.testing.faults import (
+    DAMAGES,
+    Fault,
+    failing_allocation,
+    flipped,
+    jump_with,
+    oops,
+    overwritten,
+    refusing_freeze,
+    stale,
+    torn,
+)
 from khosim.testing.plans import MachinePlan
 from khosim.testing.program import PLACES, script
 from khosim.testing.rules import Operation, Rules, release_source
@@ -48,15 +59,24 @@ _TOOLS: dict[str, Any] = {
     "assert_preserved": asserts.assert_preserved,
     "assert_preserved_is_held": asserts.assert_preserved_is_held,
     "failing_allocation": failing_allocation,
+    "flipped": flipped,
+    "jump_with": jump_with,
     "kho_preserve_vmalloc": kho_preserve_vmalloc,
     "kho_restore_vmalloc": kho_restore_vmalloc,
     "kho_unpreserve_vmalloc": kho_unpreserve_vmalloc,
+    "KernelPanic": KernelPanic,
+    "oops": oops,
+    "overwritten": overwritten,
     "refusing_freeze": refusing_freeze,
+    "stale": stale,
     "suppress": suppress,
+    "torn": torn,
     "vfree": vfree,
     "vmalloc": vmalloc,
 }
 assert set(_TOOLS) == set(PLACES)
+_DEAD = ("luo-no-leftovers", "luo-preserved", "luo-references")
+"""Invariants that a task which died in the middle of a call may have broken."""
 
 
 class Life:
@@ -88,6 +108,8 @@ class Life:
         self.things: dict[str, Thing] = {}
         self.generation = 0
         """Kernels since the machine was switched on, less one."""
+        self.has_died = False
+        """A task died in the middle of a call, on this machine."""
         self._names: dict[str, int] = {}
         self._has_state = bool(
             any(op.function for op in rules.ops)
@@ -163,7 +185,12 @@ class Life:
         if fault is not None and fault.kind == "allocation" and not op.can_fail:
             fault = None
         self.steps.append(Step(op.name, tuple(args.items()), fault))
-        self._carry_out(op, written, fault)
+        if fault is not None and fault.kind == "bytes":
+            self._damage(written, fault)
+        elif fault is not None and fault.kind == "oops":
+            self._die(written, fault)
+        else:
+            self._carry_out(op, written, fault)
         return True
 
     def replay(self, step: Step) -> bool:
@@ -177,7 +204,8 @@ class Life:
     def check(self) -> None:
         """Ask every invariant, the books and the checks of the user; raises AssertionError."""
         if self.machine.check():
-            self._exec("assert_no_violations(machine)")
+            allowing = f", allowing={_DEAD!r}" if self.has_died else ""
+            self._exec(f"assert_no_violations(machine{allowing})")
         self._check_books()
         self._exec("assert_preserved_is_held(kernel)", record=False)
         for function in self.rules.invariants:
@@ -219,6 +247,30 @@ class Life:
         written.done()
         for source in written.after:
             self._exec(source)
+
+    def _damage(self, written: Written, fault: Fault) -> None:
+        # Whatever the successor makes of it, nothing is promised any more: a new machine is next.
+        what = DAMAGES[(fault.n - 1) % len(DAMAGES)]
+        words = "".join(f", {word}" for word in written.options)
+        line = f"jump_with(kernel, {what}{words})"
+        self._exec(f"with suppress(KernelError, KernelPanic):\n{indented(line)}")
+        self._exec(f"machine = {self.plan.source}")
+        if self.witness is not None:
+            self.witness = Witness(self.machine)
+        self.has_died = False
+        self._cold_boot()
+
+    def _die(self, written: Written, fault: Fault) -> None:
+        # What the task was at is nobody's; all else has to be as it was.
+        self._use(written.functions)
+        for source in written.before:
+            self._exec(source)
+        body = f"with oops(kernel, {fault.n}):\n{indented(written.source)}"
+        self._exec(f"with suppress(KernelError):\n{indented(body)}")
+        self.has_died = True
+        words = set(re.findall(r"[A-Za-z_]\w*", written.source))
+        for name in words & set(self.things):
+            del self.things[name]
 
     def _exec(self, source: str, *, record: bool = True) -> None:
         try:
@@ -285,6 +337,7 @@ class Life:
             tuple(call(hook).source for hook in after),
             (*before, *after),
             is_kexec=True,
+            options=(words,) if words else (),
         )
 
     def _jumped(self) -> None:

@@ -13,6 +13,7 @@ __all__ = ("PLACES", "script")
 PLACES = {
     "suppress": "contextlib",
     "KernelError": "khosim",
+    "KernelPanic": "khosim.errors",
     "Machine": "khosim",
     "KhoVmallocSlot": "khosim.kernel.kho_vmalloc",
     "kho_preserve_vmalloc": "khosim.kernel.kho_vmalloc",
@@ -25,7 +26,13 @@ PLACES = {
     "assert_preserved": "khosim.testing",
     "assert_preserved_is_held": "khosim.testing",
     "failing_allocation": "khosim.testing",
+    "flipped": "khosim.testing",
+    "jump_with": "khosim.testing",
+    "oops": "khosim.testing",
+    "overwritten": "khosim.testing",
     "refusing_freeze": "khosim.testing",
+    "stale": "khosim.testing",
+    "torn": "khosim.testing",
 }
 """Where each name that steps use comes from."""
 

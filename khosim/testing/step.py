@@ -41,6 +41,8 @@ class Written:
     functions: tuple[Callable[..., Any], ...] = ()
     """Functions of the user's that the text names."""
     is_kexec: bool = False
+    options: tuple[str, ...] = ()
+    """Of a kexec: its arguments, as text."""
 
 
 @dataclass(slots=True)

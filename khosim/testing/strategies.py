@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from khosim.errors import InputError
 from khosim.kernel.release import MAINLINE, RELEASES, Release
 from khosim.machine.memory_map import MemoryMap
-from khosim.testing.faults import KINDS, Fault, FaultPlan
+from khosim.testing.faults import KINDS, PLAIN, Fault, FaultPlan
 from khosim.testing.plans import FolioPlan, MachinePlan, MemfdPlan, SessionPlan
 from khosim.units import parse_size
 
@@ -208,12 +208,15 @@ def session_plans(draw: st.DrawFn, *, max_size: int = 3, files_max: int = 3) -> 
 
 def fault_plans(
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = PLAIN,
     steps: int = 40,
     max_size: int = 3,
     n_max: int = 12,
 ) -> st.SearchStrategy[FaultPlan]:
-    """Faults within the first ``steps`` steps of a life; see :class:`~khosim.testing.Fault`."""
+    """Faults within the first ``steps`` steps of a life; see :class:`~khosim.testing.Fault`.
+
+    "oops" and "bytes" are for the kit's own operations; yours have to be able to forget.
+    """
     for kind in kinds:
         if kind not in KINDS:
             raise InputError("fault_plans: kinds", f"{kind!r} is none of {', '.join(KINDS)}")

@@ -1,0 +1,203 @@
+"""Faults between two kernels, in a call, by a device: they strike where they say, and are noticed."""
+
+from __future__ import annotations
+
+import pytest
+
+from khosim import KernelError, Machine
+from khosim.errors import InputError, KernelPanic
+from khosim.explore.kit import Stage, audit, lost_memory, regained_memory, take_range
+from khosim.faults.between import flipped, jump_with, overwritten, stale, torn, without
+from khosim.faults.calls import failing_allocation, oops
+from khosim.faults.device import Dma
+from khosim.faults.places import places
+from khosim.kernel.contig_range import alloc_contig_range, free_contig_range
+from khosim.kernel.kernel import Kernel
+
+ON = "kho=on liveupdate=on"
+
+
+def _kernel(cmdline: str = ON) -> Kernel:
+    return Machine("64M").boot(cmdline=cmdline)
+
+
+def test_places_of_a_handover() -> None:
+    """Each part is found by its name: the root FDT says so itself, LUO's begin as they should."""
+    kernel = _kernel(f"{ON} reserve_mem=4096:4096:a")
+    session = kernel.liveupdate.create_session("vm")
+    session.preserve(kernel.memfd("ram", size=8192), 1)
+    found = places(kernel)
+    ram = kernel.ram
+    assert ram.read(found["root FDT"], 4) == b"\xd0\x0d\xfe\xed"
+    assert ram.read(found["memblock"], 4) == b"\xd0\x0d\xfe\xed"
+    assert ram.read(found["LUO"], 8) == b"luo-v5\0\0"
+    assert {"map", "table", "scratch array", "kexec-metadata"} <= set(found)
+    assert places(_kernel("kho=off")) == {}
+
+
+@pytest.mark.parametrize(
+    ("place", "data", "said"),
+    [
+        ("root FDT", "ffffffff", "is invalid"),
+        ("kexec-metadata", "ffffffff", "not supported"),
+        ("memblock", "ffffffff", "is incompatible"),
+    ],
+)
+def test_a_check_that_claims_to_notice_does(place: str, data: str, said: str) -> None:
+    """A broken magic or version is refused in the words that the fault announces."""
+    fault = overwritten(place, 0, data)
+    assert said in fault.words
+    successor = jump_with(_kernel("kho=on reserve_mem=4096:4096:a"), fault)
+    assert fault.has_struck
+    assert not fault.spares
+    assert any(said in message for message in successor.messages)
+
+
+def test_a_broken_live_update_is_fatal() -> None:
+    """As in Linux: a successor that cannot read LUO's state dies."""
+    with pytest.raises(KernelPanic, match="incoming tree failed"):
+        jump_with(_kernel(), overwritten("LUO", 0, "00000000"))
+
+
+def test_stale_and_torn_bytes() -> None:
+    """What was written since is lost, all of it or the second half: a subtree is not there."""
+    kernel = _kernel("kho=on")
+    fault = stale(kernel, "root FDT")
+    blob = kernel.kho_alloc_preserve(1)
+    kernel.kho_add_subtree("t", blob.phys, 1)
+    successor = jump_with(kernel, fault)
+    assert fault.has_struck
+    with pytest.raises(KernelError, match="ENOENT"):
+        successor.kho_retrieve_subtree("t")
+    kernel = _kernel("kho=on")
+    fault = torn(kernel, "root FDT")
+    blob = kernel.kho_alloc_preserve(1)
+    kernel.kho_add_subtree("t", blob.phys, 1)
+    assert jump_with(kernel, fault).kho_retrieve_subtree("t") == (blob.phys, 1)
+    assert fault.spares  # a tree of some hundred bytes has no second half
+
+
+def test_a_bit_flips() -> None:
+    """One bit, at the place that is named; a place that there is not is left alone."""
+    kernel = _kernel("kho=on")
+    at = places(kernel)["kexec-metadata"]
+    before = kernel.ram.read(at, 64)
+    successor = jump_with(kernel, flipped("kexec-metadata", 70), flipped("no such place", 0))
+    after = successor.ram.read(at, 64)
+    assert [(i, a ^ b) for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [
+        (8, 1 << 6)
+    ]
+
+
+def test_memory_that_is_gone_and_back() -> None:
+    """A hole where nothing was handed over spares all; the successor has that much less."""
+    machine = Stage("64M")
+    whole = machine.hardware.memory_map
+    kernel = machine.boot(cmdline=ON)
+    folio = kernel.alloc_folio(0)
+    folio.write(0, b"f")
+    kernel.kho_preserve_folio(folio)
+    before = kernel.total_ram_pages()
+    machine.next_boot(lost_memory(machine.hardware, 28 << 20, 32 << 20))
+    kernel = kernel.kexec()
+    assert [fault.spares for fault in machine.struck] == [True]
+    assert not any(28 << 20 <= start < 32 << 20 for start, _ in machine.hardware.ram_ranges)
+    assert machine.hardware.memory_map.ram_bytes == whole.ram_bytes - (4 << 20)
+    restored = kernel.kho_restore_folio(folio.phys)
+    assert restored is not None
+    assert restored.read(0, 1) == b"f"
+    assert kernel.total_ram_pages() < before
+    machine.next_boot(regained_memory(whole))
+    kernel.kexec()
+    assert machine.hardware.memory_map == whole
+    assert audit(machine) == []
+
+
+def test_memory_that_was_needed() -> None:
+    """Scratch that is gone spares nothing, and the fault says so."""
+    machine = Stage("64M")
+    kernel = machine.boot(cmdline="kho=on")
+    start, size = kernel.scratch_areas()[0]
+    machine.next_boot(lost_memory(machine.hardware, start, start + size))
+    try:
+        kernel.kexec()
+    except KernelPanic:
+        pass
+    assert [fault.spares for fault in machine.struck] == [False]
+
+
+def test_a_node_goes_with_its_memory() -> None:
+    """A map without the last node's memory has no such node."""
+    machine = Machine("96M", nodes=2)
+    memory = machine.hardware.memory_map
+    last = memory.node_ranges[-1]
+    smaller = without(memory, last.start, last.end)
+    assert {node.nid for node in smaller.node_ranges} == {0}
+    assert smaller.end_phys == last.start
+
+
+def test_a_task_dies_in_the_middle() -> None:
+    """What it had done is done: the folio is there and not preserved. The kernel lives on."""
+    kernel = _kernel("kho=on")
+    free = kernel.pages.nr_free_pages()
+    with oops(kernel, 1):
+        kernel.kho_alloc_preserve(1)
+        raise AssertionError("the task is dead")
+    assert kernel.pages.nr_free_pages() == free - 1
+    with oops(kernel, 100):
+        blob = kernel.kho_alloc_preserve(1)
+    kernel.kho_unpreserve_free(blob)
+    assert kernel.pages.nr_free_pages() == free - 1
+    with pytest.raises(InputError, match="oops: n"), oops(kernel, 0):
+        pass
+
+
+def test_a_failing_allocation_says_where() -> None:
+    """Who was refused memory is known afterwards."""
+    kernel = _kernel("kho=on")
+    with pytest.raises(KernelError), failing_allocation(kernel, 1) as fault:
+        kernel.kho_alloc_preserve(1)
+    assert fault.where == "kho_alloc_preserve"
+
+
+def test_a_device_writes_on() -> None:
+    """What it wrote while kernels changed is there, and its writing is no violation."""
+    machine = Stage("64M")
+    kernel = machine.boot(cmdline="kho=on")
+    folio = kernel.alloc_folio(0)
+    kernel.kho_preserve_folio(folio)
+    device = Dma(machine, folio.phys)
+    kernel = kernel.kexec()
+    device.stop()
+    assert device.count > 1
+    restored = kernel.kho_restore_folio(folio.phys)
+    assert restored is not None
+    assert restored.read(0, 8) == device.count.to_bytes(8, "little")
+    assert audit(machine) == []
+
+
+def test_a_reset_stops_devices() -> None:
+    """After a cold boot nobody writes any more."""
+    machine = Stage("64M")
+    kernel = machine.boot(cmdline="kho=on")
+    Dma(machine, kernel.alloc_folio(0).phys)
+    machine.boot(cmdline="kho=on")
+    assert machine.writers == []
+
+
+def test_taking_a_range() -> None:
+    """alloc_contig_range takes just these pages, whatever blocks they were in, or none."""
+    kernel = _kernel("kho=on")
+    free = kernel.pages.nr_free_pages()
+    start = kernel.alloc_pages_exact(1024)
+    kernel.pages.free_range(start, start + 1024)
+    assert alloc_contig_range(kernel, start + 3, 1000) == start + 3
+    assert kernel.pages.nr_free_pages() == free - 1000
+    assert kernel.page(start + 2).kind == "free"
+    with pytest.raises(KernelError, match="EBUSY"):
+        alloc_contig_range(kernel, start, 8)
+    assert kernel.pages.nr_free_pages() == free - 1000
+    free_contig_range(kernel, start + 3, 1000)
+    assert kernel.pages.nr_free_pages() == free
+    with pytest.raises(KernelError, match="EINVAL"):
+        take_range(kernel, 64 << 20 >> 12, 1)
