@@ -166,7 +166,7 @@ def test_faults_say_what_survives() -> None:
 
 
 def test_bytes_wait_for_a_kexec() -> None:
-    """A damage strikes at the first jump from its step on, and the life goes on on a new machine."""
+    """Damage strikes at the first jump from its step on, a dying task never at a jump."""
     plan = FaultPlan((Fault("bytes", 2, 1),))
     assert plan.strike(3, is_kexec=False) is None
     assert plan.strike(3, is_kexec=True) == Fault("bytes", 2, 1)
@@ -444,13 +444,13 @@ def test_the_document_and_the_example_run(pytester: pytest.Pytester) -> None:
     """All blocks of docs/testing.md are one file of tests; so is the example to copy."""
     text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     few = "\n{0}.settings = settings({0}.settings, max_examples=4)\n"
     document = "\n".join(blocks) + few.format("TestBlobs")
     example = SUBSYSTEM.read_text("utf-8") + "\nfrom hypothesis import settings"
     pytester.makepyfile(test_document=document, test_example=example + few.format("TestCounters"))
     result = _pytester_run(pytester, "--hypothesis-seed=1")
-    result.assert_outcomes(passed=10)
+    result.assert_outcomes(passed=13)
 
 
 def test_the_example_finds_a_planted_bug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

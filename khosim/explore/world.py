@@ -246,7 +246,7 @@ class World:
             self._judge_errno(kind, step, errno_name)
         else:
             kind.done(self, step.args)
-        if kernel_before is self.vars["kernel"]:
+        if self.has_kernel and kernel_before is self.vars["kernel"]:
             self._look_at_log(before)
         return errno_name
 
