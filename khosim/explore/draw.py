@@ -25,6 +25,10 @@ __all__ = ("is_drained", "named", "random_run")
 
 _STEPS_MAX = 24
 _REFUSALS_MAX = 3
+_FACTORS = (0.2, 1, 1, 3)
+"""A program has its own likings: kinds of steps that it takes seldom, or often."""
+_SHARE = {"bytes": 1, "maps": 1, "devices": 1, "oops": 1, "memfd": 5, "shared": 5, "sessions": 4}
+"""Of scenarios in "all", where it is not 2: what has more kinds of steps wants more programs."""
 
 
 def named(world: World, kind: Kind, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -43,7 +47,11 @@ def random_run(seed: str, scenario: str, release: str | Release = "7.3") -> Worl
     if world.is_over:
         world.judge()
         return world
-    kinds = [kind for kind in KINDS.values() if kind.weight and kind.group in ("", *groups)]
+    kinds = {
+        kind.name: kind.weight * random.choice(_FACTORS)
+        for kind in KINDS.values()
+        if kind.weight and kind.group in ("", *groups)
+    }
     for _ in range(random.randrange(3, _STEPS_MAX)):
         if not _random_step(world, random, kinds, groups):
             break
@@ -59,7 +67,8 @@ def _groups(random: Random, scenario: str) -> list[str]:
     extra: list[str] = []
     if scenario == "all":
         if random.random() < 0.7:
-            wanted = SCENARIOS[random.choice([name for name in SCENARIOS if name != "all"])]
+            names = [name for name in SCENARIOS if name != "all"]
+            wanted = SCENARIOS[random.choices(names, [_SHARE.get(name, 2) for name in names])[0]]
             extra = [group for group in SCENARIOS["all"] if random.random() < 0.08]
         else:
             chance = 0.4
@@ -78,11 +87,12 @@ def _machine(random: Random, world: World, groups: Sequence[str]) -> tuple[Any, 
 
 
 def _random_step(
-    world: World, random: Random, kinds: Sequence[Kind], groups: Sequence[str]
+    world: World, random: Random, kinds: dict[str, float], groups: Sequence[str]
 ) -> bool:
-    left = [] if world.is_over else list(kinds)
+    left = [] if world.is_over else [KINDS[name] for name in kinds]
     while left:
-        kind = random.choices(left, [_weight(world, kind) for kind in left])[0]
+        weights = [_weight(world, kind, kinds[kind.name]) for kind in left]
+        kind = random.choices(left, weights)[0]
         choices = kind.choices(world)
         if not choices:
             left.remove(kind)
@@ -121,11 +131,11 @@ def _fault(random: Random, kind: Kind, groups: Sequence[str]) -> tuple[int, bool
     return random.randrange(1, most), boot, False
 
 
-def _weight(world: World, kind: Kind) -> int:
+def _weight(world: World, kind: Kind, weight: float) -> float:
     # Nobody learns much from a jump with nothing to hand over.
     if kind.name == "kexec" and all(item.state != "preserved" for item in world.items.values()):
         return 1
-    return kind.weight
+    return weight
 
 
 def is_drained(world: World) -> bool:

@@ -171,10 +171,12 @@ def audit(machine: Stage, *, drained: bool = False) -> list[Violation]:
 def take_range(kernel: Kernel, start_pfn: int, nr_pages: int) -> int:
     """Pages that somebody chose, also across zones: ``alloc_contig_range`` for each; the first.
 
-    Raises -EBUSY where one of them is taken.
+    Raises -EBUSY where one of them is taken, -EINVAL where there is a hole.
     """
     done: list[tuple[int, int]] = []
     pieces = kernel.pages.pieces_in(start_pfn, start_pfn + nr_pages)
+    if sum(high - low for low, high, _ in pieces) != nr_pages:
+        raise KernelError(errno.EINVAL, "alloc_contig_range", "a hole")
     for low, high, _ in pieces:
         try:
             alloc_contig_range(kernel, low, high - low)
@@ -183,8 +185,6 @@ def take_range(kernel: Kernel, start_pfn: int, nr_pages: int) -> int:
                 kernel.pages.free_range(first, end)
             raise
         done.append((low, high))
-    if sum(high - low for low, high in done) != nr_pages:
-        raise KernelError(errno.EINVAL, "alloc_contig_range", "a hole")
     return start_pfn
 
 

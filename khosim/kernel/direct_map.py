@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ("DirectMap",)
 
+_MAX_FDT_BYTES = 2 << 20  # MAX_FDT_SIZE
 
 class DirectMap:
     """The addresses of one kernel; a base of :class:`~khosim.kernel.kernel.Kernel`."""
@@ -78,8 +79,13 @@ class DirectMap:
         return int.from_bytes(self.ram.read(phys + 4, 4), "big")
 
     def boot_fdt(self) -> memoryview:
-        """``initial_boot_params``: the device tree this kernel was started with (arm64)."""
-        return self.fdt_at(self.boot_fdt_phys)
+        """``initial_boot_params``: the device tree this kernel was started with (arm64).
+
+        The fixmap has it for good, also where ``mem=`` has cut its memory off.
+        """
+        phys = self.boot_fdt_phys
+        size = min(max(self.fdt_totalsize(phys), 40), _MAX_FDT_BYTES)
+        return self.ram.view(phys, size).data
 
     # -- struct pages ---------------------------------------------------------------------------
 
