@@ -78,7 +78,7 @@ def _groups(random: Random, scenario: str) -> list[str]:
 def _machine(random: Random, world: World, groups: Sequence[str]) -> tuple[Any, ...]:
     choices = KINDS["boot"].choices(world)
     specs = list(dict.fromkeys(args[0] for args in choices))
-    spec = random.choices(specs, [machine_weight(spec) for spec in specs])[0]
+    spec = random.choices(specs, [machine_weight(spec, groups) for spec in specs])[0]
     lines = [args for args in choices if args[0] == spec]
     odd = "region" in groups or "successors" in groups
     if not odd or random.random() > 0.6:

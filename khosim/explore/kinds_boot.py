@@ -14,6 +14,8 @@ from khosim.explore.hazards import fixed
 from khosim.explore.kinds import Args, Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from khosim.explore.world import Item, World
     from khosim.kernel.behaviours import Release
 
@@ -33,9 +35,13 @@ _MACHINES = (
 _WEIGHTS = (10, 4, 4, 1, 3, 1, 1)
 
 
-def machine_weight(spec: str) -> int:
-    """How often a machine is taken."""
-    return _WEIGHTS[_MACHINES.index(spec)]
+def machine_weight(spec: str, groups: Sequence[str]) -> int:
+    """How often a machine is taken by a program of ``groups``.
+
+    A list of huge pages that takes more than one page itself needs a machine of gigabytes.
+    """
+    more = 8 if spec == '"4G"' and "vmalloc" in groups and len(groups) < 4 else 1
+    return more * _WEIGHTS[_MACHINES.index(spec)]
 
 
 
