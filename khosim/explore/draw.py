@@ -121,14 +121,13 @@ def _by_change(random: Random, before: str, choices: list[tuple[str, Args]]) -> 
 
 
 def _fault(random: Random, kind: Kind, groups: Sequence[str]) -> tuple[int, bool, bool]:
-    # Most calls ask for memory a few times only, a boot some dozens of times.
     if "oops" in groups and kind.name not in ("kexec", "reset") and random.random() < 0.1:
         return random.randrange(1, random.choice((4, 12))), False, True
     if "faults" not in groups or not kind.can_fail or random.random() > 0.25:
         return 0, False, False
     boot = kind.name == "kexec" and random.random() < 0.7
-    most = 40 if kind.name == "kexec" else random.choice((3, 8, 16))
-    return random.randrange(1, most), boot, False
+    most = kind.asks if random.random() < 0.9 else 3 * kind.asks
+    return random.randrange(1, most + 1), boot, False
 
 
 def _weight(world: World, kind: Kind, weight: float) -> float:

@@ -50,6 +50,8 @@ class Kind:
     weight: int = 4
     can_fail: bool = True
     """It asks for memory, which a fault may refuse."""
+    asks: int = 4
+    """How often it asks for memory, or nearly so."""
     takes_any: bool = False
     """Any arguments are lawful, not only the listed ones: what goes onto a command line."""
 

@@ -38,9 +38,12 @@ _WEIGHTS = (10, 4, 4, 1, 3, 1, 1)
 def machine_weight(spec: str, groups: Sequence[str]) -> int:
     """How often a machine is taken by a program of ``groups``.
 
-    A list of huge pages that takes more than one page itself needs a machine of gigabytes.
+    A list of huge pages that takes more than one page itself needs a machine of gigabytes, and so
+    does memory that is initialised late, which boots that fail leave behind.
     """
-    more = 8 if spec == '"4G"' and "vmalloc" in groups and len(groups) < 4 else 1
+    more = 1
+    if spec == '"4G"':
+        more = 8 if "vmalloc" in groups and len(groups) < 4 else 4 if "region" in groups else 1
     return more * _WEIGHTS[_MACHINES.index(spec)]
 
 
@@ -235,6 +238,7 @@ KINDS = (
         errnos=frozenset(("EADDRNOTAVAIL", "EBUSY", "EINVAL", "ENOMEM")),
         weight=5,
         takes_any=True,
+        asks=40,
     ),
     Kind(
         "reset",

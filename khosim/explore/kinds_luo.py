@@ -294,6 +294,7 @@ KINDS = (
         _session_file_done,
         errnos=frozenset(("EEXIST", "EBUSY", "ENOENT")),
         weight=14,
+        asks=14,
     ),
     Kind(
         "preserve_files",
@@ -315,6 +316,7 @@ KINDS = (
         _file_lost,
         errnos=frozenset(("EINVAL", "ENOSPC")),
         weight=14,
+        asks=12,
     ),
     Kind(
         "close_file", "session", _file_close, lambda w, m: f"{m}.close()", lambda w, a: w.drop(a[0])

@@ -68,6 +68,7 @@ KINDS = (
         ),
         _slot_done,
         weight=6,
+        asks=8,
     ),
     Kind(
         "unpreserve_vmalloc",
