@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ("is_drained", "named", "random_run")
 
-_STEPS_MAX = 24
+_STEPS_MAX = 36
 _REFUSALS_MAX = 3
 _FACTORS = (0.2, 1, 1, 3)
 """A program has its own likings: kinds of steps that it takes seldom, or often."""
@@ -62,11 +62,11 @@ def random_run(seed: str, scenario: str, release: str | Release = "7.3") -> Worl
 
 def _groups(random: Random, scenario: str) -> list[str]:
     # Most programs of "all" are about one thing, with a little of all others.
-    chance = 0.85
+    chance = 0.92
     wanted = SCENARIOS[scenario]
     extra: list[str] = []
     if scenario == "all":
-        if random.random() < 0.7:
+        if random.random() < 0.8:
             names = [name for name in SCENARIOS if name != "all"]
             wanted = SCENARIOS[random.choices(names, [_SHARE.get(name, 2) for name in names])[0]]
             extra = [group for group in SCENARIOS["all"] if random.random() < 0.08]

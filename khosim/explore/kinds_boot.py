@@ -236,9 +236,9 @@ KINDS = (
         _kexec_source,
         _jumped,
         errnos=frozenset(("EADDRNOTAVAIL", "EBUSY", "EINVAL", "ENOMEM")),
-        weight=5,
         takes_any=True,
         asks=40,
+        weight=8,
     ),
     Kind(
         "reset",
@@ -256,5 +256,6 @@ KINDS = (
         lambda w, name: f"kernel.reserve_mem.release_by_name({name!r})",
         lambda w, args: None,
         can_fail=False,
+        weight=2,
     ),
 )

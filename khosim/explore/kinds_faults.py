@@ -106,6 +106,7 @@ KINDS = (
         lambda w, place, at, data: f"machine.next_boot(overwritten({place!r}, {at}, {data!r}))",
         nothing,
         can_fail=False,
+        weight=2,
     ),
     Kind(
         "flipped",
@@ -114,6 +115,7 @@ KINDS = (
         lambda w, place, bit: f"machine.next_boot(flipped({place!r}, {bit}))",
         nothing,
         can_fail=False,
+        weight=1,
     ),
     Kind(
         "stale",
@@ -122,6 +124,7 @@ KINDS = (
         lambda w, place: f"machine.next_boot(stale(kernel, {place!r}))",
         nothing,
         can_fail=False,
+        weight=1,
     ),
     Kind(
         "torn",
@@ -130,6 +133,7 @@ KINDS = (
         lambda w, place: f"machine.next_boot(torn(kernel, {place!r}))",
         nothing,
         can_fail=False,
+        weight=1,
     ),
     Kind(
         "lost_memory",
@@ -141,6 +145,7 @@ KINDS = (
         ),
         _memory_lost,
         can_fail=False,
+        weight=3,
     ),
     Kind(
         "regained_memory",
@@ -171,6 +176,7 @@ KINDS = (
         gone,
         gone,
         can_fail=False,
+        weight=2,
     ),
     Kind(
         "read_debugfs",
@@ -179,5 +185,6 @@ KINDS = (
         lambda w, path: f"read_debugfs(kernel, {path!r})",
         nothing,
         can_fail=False,
+        weight=2,
     ),
 )

@@ -226,7 +226,7 @@ KINDS = (
         _create_done,
         letter="s",
         errnos=_SESSION,
-        weight=3,
+        weight=8,
     ),
     Kind(
         "create_twice",
@@ -235,6 +235,7 @@ KINDS = (
         lambda w, name: f"kernel.liveupdate.create_session({name!r})",
         nothing,
         errnos=_EX,
+        weight=1,
     ),
     Kind(
         "create_sessions",
@@ -248,7 +249,13 @@ KINDS = (
         errnos=frozenset(("EIO",)),
         can_fail=False,
     ),
-    Kind("close_session", "session", _close_choices, lambda w, s: f"{s}.close()", _close),
+    Kind(
+        "close_session",
+        "session",
+        _close_choices, lambda w, s: f"{s}.close()", _close,
+        weight=1,
+        can_fail=False,
+    ),
     Kind(
         "retrieve_session",
         "session",
@@ -256,7 +263,7 @@ KINDS = (
         lambda w, s, name: f"{s} = kernel.liveupdate.retrieve_session({name!r})",
         _arrived,
         errnos=frozenset(("EIO",)),
-        weight=10,
+        weight=30,
     ),
     Kind(
         "finish",
@@ -266,7 +273,7 @@ KINDS = (
         _finish_done,
         _was_asked,
         errnos=frozenset(("EBUSY",)),
-        weight=6,
+        weight=3,
     ),
     Kind(
         "close_unfinished",
@@ -274,7 +281,7 @@ KINDS = (
         _unfinished,
         lambda w, s: f"{s}.close()",
         _close_unfinished,
-        weight=3,
+        weight=1,
     ),
     Kind(
         "retrieve_badly",
@@ -293,8 +300,8 @@ KINDS = (
         lambda w, s, item, token: f"{s}.preserve({item}, {token:#x})",
         _session_file_done,
         errnos=frozenset(("EEXIST", "EBUSY", "ENOENT")),
-        weight=14,
         asks=14,
+        weight=30,
     ),
     Kind(
         "preserve_files",
@@ -315,10 +322,16 @@ KINDS = (
         _file_done,
         _file_lost,
         errnos=frozenset(("EINVAL", "ENOSPC")),
-        weight=14,
         asks=12,
+        weight=30,
     ),
     Kind(
-        "close_file", "session", _file_close, lambda w, m: f"{m}.close()", lambda w, a: w.drop(a[0])
+        "close_file",
+        "session",
+        _file_close,
+        lambda w, m: f"{m}.close()",
+        lambda w, a: w.drop(a[0]),
+        weight=1,
+        can_fail=False,
     ),
 )

@@ -141,6 +141,8 @@ KINDS = (
         lambda w, m, seals: f"{m}.add_seals({seals})",
         nothing,
         errnos=frozenset(("EPERM", "EBUSY")),
+        weight=4,
+        can_fail=False,
     ),
     Kind(
         "fallocate",
@@ -149,8 +151,15 @@ KINDS = (
         lambda w, m, at, mode: f"{m}.fallocate({at}, {w.kernel.arch.page_size}, {mode})",
         _fallocate_done,
         errnos=frozenset(("EPERM",)),
+        weight=3,
     ),
-    Kind("lseek", "memfd", _seek_choices, lambda w, m, at: f"{m}.lseek({at})", nothing),
+    Kind(
+        "lseek",
+        "memfd",
+        _seek_choices, lambda w, m, at: f"{m}.lseek({at})", nothing,
+        weight=1,
+        can_fail=False,
+    ),
     Kind(
         "memfd_huge",
         "memfd",
@@ -160,6 +169,7 @@ KINDS = (
         letter="m",
         errnos=frozenset(("ENOMEM", "ENOSPC")),
         can_fail=False,
+        weight=2,
     ),
     Kind(
         "write",
@@ -169,6 +179,7 @@ KINDS = (
         _write_done,
         errnos=frozenset(("EPERM",)),
         can_fail=False,
+        weight=3,
     ),
     Kind(
         "ftruncate",
@@ -178,5 +189,6 @@ KINDS = (
         _cut_done,
         errnos=frozenset(("EPERM",)),
         can_fail=False,
+        weight=1,
     ),
 )

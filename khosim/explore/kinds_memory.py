@@ -161,7 +161,7 @@ KINDS = (
         preservable("folio"),
         lambda w, f: f"kernel.kho_preserve_folio({f})",
         to("preserved"),
-        weight=6,
+        weight=10,
     ),
     Kind(
         "preserve_folio_again",
@@ -170,7 +170,7 @@ KINDS = (
         lambda w, f: f"kernel.kho_preserve_folio({f})",
         _twice,
         errnos=frozenset(("EEXIST",)),
-        weight=1,
+        weight=2,
     ),
     Kind(
         "unpreserve_folio",
@@ -178,8 +178,16 @@ KINDS = (
         of("folio", "preserved"),
         lambda w, f: f"kernel.kho_unpreserve_folio({f})",
         _unpreserved,
+        weight=2,
+        can_fail=False,
     ),
-    Kind("free_folio", "folio", _quiet_folios, lambda w, f: f"{f}.put()", gone),
+    Kind(
+        "free_folio",
+        "folio",
+        _quiet_folios, lambda w, f: f"{f}.put()", gone,
+        weight=1,
+        can_fail=False,
+    ),
     Kind(
         "restore_folio",
         "folio",
@@ -190,7 +198,7 @@ KINDS = (
         ),
         to("held"),
         lost,
-        weight=8,
+        weight=12,
     ),
     Kind(
         "alloc_pages",
@@ -217,7 +225,7 @@ KINDS = (
         _page_runs("held", preserves=True),
         lambda w, p, nr: f"kernel.kho_preserve_pages({p}, {nr})",
         to("preserved"),
-        weight=6,
+        weight=10,
     ),
     Kind(
         "unpreserve_pages",
@@ -225,6 +233,8 @@ KINDS = (
         _page_runs("preserved"),
         lambda w, p, nr: f"kernel.kho_unpreserve_pages({p}, {nr})",
         to("held"),
+        weight=2,
+        can_fail=False,
     ),
     Kind(
         "free_pages",
@@ -232,6 +242,8 @@ KINDS = (
         _page_runs("held"),
         lambda w, p, nr: f"for pfn in range({p}, {p} + {nr}):\n    kernel.pages.free_pages(pfn, 0)",
         gone,
+        weight=1,
+        can_fail=False,
     ),
     Kind(
         "restore_pages",
@@ -242,7 +254,7 @@ KINDS = (
         ),
         to("held"),
         lost,
-        weight=8,
+        weight=12,
     ),
     Kind(
         "alloc_preserve",
@@ -259,6 +271,8 @@ KINDS = (
         _free_blobs,
         lambda w, b: f"kernel.kho_unpreserve_free({b})",
         gone,
+        weight=1,
+        can_fail=False,
     ),
     Kind(
         "restore_free",
@@ -266,7 +280,7 @@ KINDS = (
         of("blob", "incoming"),
         lambda w, b: f"kernel.kho_restore_free({b}.phys)",
         gone,
-        weight=8,
+        weight=4,
     ),
     Kind(
         "add_subtree",
@@ -275,6 +289,7 @@ KINDS = (
         lambda w, b, name, size: f"kernel.kho_add_subtree({name!r}, {b}.phys, {size})",
         _subtree_done,
         errnos=frozenset(("EEXIST", "EINVAL", "ENOMEM")),
+        weight=8,
     ),
     Kind(
         "remove_subtree",
@@ -282,6 +297,8 @@ KINDS = (
         _in_subtree,
         lambda w, b: f"kernel.kho_remove_subtree({b}.phys)",
         _subtree_removed,
+        weight=1,
+        can_fail=False,
     ),
     Kind(
         "retrieve_subtree",
@@ -291,5 +308,7 @@ KINDS = (
             f"assert kernel.kho_retrieve_subtree({name!r}) == ({b}.phys, {size})"
         ),
         nothing,
+        weight=6,
+        can_fail=False,
     ),
 )

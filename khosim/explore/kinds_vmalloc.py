@@ -67,8 +67,8 @@ KINDS = (
             f"kho_preserve_vmalloc(kernel, {v}, {v}_slot)"
         ),
         _slot_done,
-        weight=6,
         asks=8,
+        weight=16,
     ),
     Kind(
         "unpreserve_vmalloc",
@@ -76,6 +76,8 @@ KINDS = (
         of("area", "preserved"),
         lambda w, v: f"{_KHO.format('unpreserve')}kho_unpreserve_vmalloc(kernel, {v}_slot)",
         to("held"),
+        weight=2,
+        can_fail=False,
     ),
     Kind(
         "restore_vmalloc",
@@ -88,7 +90,13 @@ KINDS = (
             f'assert {v} and {v}.read(0, 1) == b"{v[0]}"\nassert {v}.page_order == {v}_order'
         ),
         to("held"),
-        weight=8,
+        weight=16,
     ),
-    Kind("vfree", "vmalloc", of("area", "held"), lambda w, v: f"{_AREA}vfree(kernel, {v})", gone),
+    Kind(
+        "vfree",
+        "vmalloc",
+        of("area", "held"), lambda w, v: f"{_AREA}vfree(kernel, {v})", gone,
+        weight=1,
+        can_fail=False,
+    ),
 )

@@ -164,7 +164,7 @@ class Luo:
         """``luo_late_startup`` and ``liveupdate_ioctl_init``."""
         if self.kernel.release.fix_luo_without_kho and not self.kernel.kho_enable:
             self.enabled = False
-        if self.kernel.release.fix_luo_off and self.kernel.kho_enable and not self.enabled:
+        if self.kernel.release.fix_luo_off and self.kernel.is_kho_boot and not self.enabled:
             self._finish_unwanted()
         if not self.enabled:
             return
