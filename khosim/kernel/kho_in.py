@@ -359,15 +359,13 @@ class KhoIn:
         """``kho_restore_folio``: ``(pfn, order)`` of the folio at ``phys``, None on refusal."""
         kernel, pfn = self._kernel, phys >> self._kernel.arch.page_shift
         if kernel.trace is None and (order := restore_plain_folio(kernel, pfn)) is not None:
+            kernel.debugfs.restored(phys)
             self.restored.append((pfn, order))
             return pfn, order
         return self._restore_page(phys, True, "kho_restore_folio")
 
     def restore_pages(self, phys: int, nr_pages: int) -> int | None:
-        """``kho_restore_pages``: the first pfn of a range of order-0 pages, None on refusal.
-
-        Blocks before a refused one stay restored; unlike ``kho_preserve_pages`` no node counts.
-        """
+        """``kho_restore_pages``: the first pfn of pages, None on refusal; nodes do not count."""
         shift = self._kernel.arch.page_shift
         fixed, nid_of_pfn = self._kernel.release.fix_restore_nodes, self._kernel.nid_of_pfn
         pfn = start_pfn = phys >> shift
