@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks.devices import devices
+from benchmarks.explore import explore
 from benchmarks.handover import handover
 from benchmarks.harness import Context, Record
 from benchmarks.luo import luo
@@ -30,4 +31,5 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "memory": memory,
     "luo": luo,
     "devices": devices,
+    "explore": explore,
 }

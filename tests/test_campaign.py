@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from khosim.explore.keeper import Keeper, together
 from khosim.explore.limits import NoEnd, alarm
 from khosim.explore.search import KINDS, replay
 from khosim.explore.shrink import Finding, cause_of
-from khosim.explore.work import Spec, Suspect, Task, do, silencers
+from khosim.explore.work import Spec, Suspect, Task, do, run_unit, silencers
 from khosim.explore.world import Problem, Step, World
 
 BOOT = Step("boot", ('"64M"', "kho=on liveupdate=on", "7.3"))
@@ -54,9 +55,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 class Backwards:
     """A crew that gives the last result first, and one at a time."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scenario: str = SCENARIO) -> None:
         self.width = width
-        self._spec = Spec(SCENARIO, "7.3", "4")
+        self._spec = Spec(scenario, "7.3", "4")
         self._tasks: list[tuple[int, Task]] = []
 
     def submit(self, number: int, task: Task) -> None:
@@ -164,6 +165,22 @@ def test_an_interruption_keeps_what_was_found(
     assert (tmp_path / "journal.jsonl").read_bytes()
     assert _campaign(tmp_path) == whole[0]
     assert _bytes(tmp_path) == _bytes(whole[1])
+
+
+def test_an_exhaustive_search_resumes_too(tmp_path: Path) -> None:
+    """All programs of two steps: as many states with another crew, and from a cut journal."""
+    plain = Campaign("4", "subtrees", "7.3").exhaust(2)
+    assert plain.is_complete
+    assert plain.states > 10
+    journals = []
+    for crew in (Backwards(3, "subtrees"), None):
+        with Corpus(tmp_path, {}) as corpus:
+            campaign = Campaign("4", "subtrees", "7.3", crew=crew, corpus=corpus)
+            assert campaign.exhaust(2) == plain
+            assert campaign.explored == plain.runs
+        journals.append((tmp_path / "journal.jsonl").read_bytes())
+        (tmp_path / "journal.jsonl").write_bytes(journals[0][: len(journals[0]) // 2])
+    assert journals[0] == journals[1]
 
 
 @pytest.mark.parametrize(
@@ -292,14 +309,14 @@ def test_a_deadly_run_is_left_out(tmp_path: Path) -> None:
 
 # -- the command, with real processes --------------------------------------------------------------
 
-COMMAND = [sys.executable, "-m", "khosim", "explore", "sessions", "--runs", "40", "--seed", "3"]
+COMMAND = [sys.executable, "-m", "khosim", "explore", SCENARIO, "--runs", "24", "--seed", "1"]
 
 
 @pytest.mark.slow
 def test_any_number_of_workers_and_any_kill(tmp_path: Path) -> None:
-    """1, 2 and 3 workers, one campaign killed twice, one interrupted: equal bytes everywhere."""
+    """One worker, three, and two that are killed twice and interrupted: equal bytes everywhere."""
     texts, corpora = [], []
-    for jobs in ("1", "2", "3"):
+    for jobs in ("1", "3"):
         command = [*COMMAND, "--jobs", jobs, "--corpus", str(tmp_path / jobs)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert (done.returncode, done.stderr) == (1, "")
@@ -324,7 +341,73 @@ def test_any_number_of_workers_and_any_kill(tmp_path: Path) -> None:
             assert err.startswith("khosim explore: interrupted after ")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert {*texts, done.stdout} == {texts[0]}
-    assert corpora[0] == corpora[1] == corpora[2] == _bytes(folder)
+    assert corpora[0] == corpora[1] == _bytes(folder)
+
+
+def test_engines_draw_other_programs(tmp_path: Path) -> None:
+    """Hypothesis draws programs of its own, the same again for equal seeds, piece by piece."""
+    made = [run_unit("3", SCENARIO, "7.3", 20, count, engine="hypothesis") for count in (6, 6)]
+    assert made[0] == made[1]
+    assert made[0].suspects
+    later = run_unit("3", SCENARIO, "7.3", 23, 3, engine="hypothesis")
+    assert later.suspects == [s for s in made[0].suspects if int(s.seed.split(":")[1]) >= 23]
+    assert made[0].suspects != run_unit("3", SCENARIO, "7.3", 20, 6).suspects
+    campaign = Campaign("3", SCENARIO, "7.3", engine="hypothesis")
+    campaign.run(runs=3)
+    assert campaign.explored == 3
+
+
+@pytest.mark.slow
+def test_a_cluster_finds_the_same(tmp_path: Path) -> None:
+    """Dask with two local workers: equal bytes, equal corpus."""
+    pytest.importorskip("distributed", reason="needs khosim[cluster]")
+    texts = []
+    for more in (["--cluster", "local:2"], ["--jobs", "1"]):
+        command = [*COMMAND, *more, "--corpus", str(tmp_path / more[0][2:])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert (done.returncode, done.stderr) == (1, "")
+        texts.append(done.stdout)
+    assert texts[0] == texts[1]
+    assert _bytes(tmp_path / "cluster") == _bytes(tmp_path / "jobs")
+
+
+def test_a_terminal_has_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr alone, and no line of it is longer than 80 columns; a pipe has none."""
+    arguments = ["explore", "subtrees", "--fixed", "--runs", "4"]
+    status = main(arguments)
+    plain = capsys.readouterr()
+    assert plain.err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(arguments) == status
+    shown = capsys.readouterr()
+    assert shown.out == plain.out
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.err).replace("\r", "\n").splitlines()
+    assert any(line.startswith("4 runs ") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--jobs", "0"], "--jobs: '0' is not a whole number"),
+        (["--jobs", "257"], "--jobs: 257 is more than 256"),
+        (["--jobs", "2", "--cluster", "local:2"], "--jobs: not together with --cluster"),
+        (["--engine", "magic"], "--engine: 'magic' is not one of"),
+        (["--cluster", "local:x"], "--cluster: "),
+    ],
+)
+def test_wrong_arguments_of_campaigns(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line each, and status 2; also where Dask is not installed."""
+    assert main(["explore", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert len(captured.err.splitlines()) == 1
 
 
 # -- what is one cause -----------------------------------------------------------------------------
@@ -390,3 +473,18 @@ def test_causes_wait_for_each_other_no_longer_than_needed() -> None:
     keeper.answer(asked[0][0], ([BOOT], Problem("a", "x", 0), ()))
     assert keeper.waits == 1
     assert [(f.seed, f.count) for f in keeper.findings()] == [("0:1", 2)]
+
+
+def test_what_is_not_shrunk_is_counted() -> None:
+    """A cause with five findings takes no more; how often it was shown is kept."""
+    keeper = Keeper("7.3")
+    kinds = ("memfd", "vmalloc", "free_folio", "finish", "ledger", "vfree", "free_pages")
+    for n, kind in enumerate(kinds):
+        keeper.take(Suspect(f"0:{n}", (BOOT, Step(kind, (n,))), (("a", "x"),)))
+    for n, kind in enumerate(kinds[:5]):
+        wanted = keeper.next_wanted()
+        assert wanted is not None
+        keeper.answer(wanted[0], ([BOOT, Step(kind, (n,))], Problem("a", "x", 0), ()))
+    assert keeper.next_wanted() is None
+    assert len(keeper.findings()) == 5
+    assert (keeper.unexplained, keeper.waits) == (2, 0)

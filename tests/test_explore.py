@@ -87,6 +87,20 @@ def test_a_finding_is_short_and_runs() -> None:
     assert "preserved-is-held" in _said(program)
 
 
+def test_command_lines_become_simple() -> None:
+    """A region that need not be large is a page, in the first kernel and in its successor."""
+    line = "kho=on reserve_mem=2097152:64:a"
+    steps = [Step("boot", ('"64M"', line, "7.3")), Step("kexec", (line,))]
+    steps.append(Step("release_region", ("a",)))
+    world = replay(steps)
+    assert world is not None
+    problem = next(p for p in world.problems if p.invariant == "preserved-is-held")
+    shrunk = shrink(steps, cause_of(problem), "7.3")
+    assert shrunk is not None
+    assert shrunk[0][0].args[1] == "kho=on reserve_mem=4096:4096:a"
+    assert [step.kind for step in shrunk[0]] == ["boot", "release_region"]
+
+
 def test_a_faulted_program_runs() -> None:
     """The allocation that fails is part of the printed program."""
     steps = [BOOT, Step("kexec", ("kho=on liveupdate=on",), fault=1, boot=True)]

@@ -14,6 +14,7 @@ import signal
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from khosim.errors import InputError
@@ -38,6 +39,7 @@ HELP = (
 
 _RUNS = 300
 _JOBS_MAX = 256
+_COLUMNS = 80
 _EXIT_INTERRUPTED = 130
 
 
@@ -52,7 +54,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--runs", metavar="N", help=f"how many programs to run (default {_RUNS})")
     add("--seconds", metavar="S", help="how long to go on, instead of --runs")
     add("--exhaustive", metavar="DEPTH", help="every program of that many steps, not random ones")
+    add("--engine", metavar="E", default="plain", help="who draws programs: plain or hypothesis")
     add("--jobs", metavar="N", default="1", help="how many processes do the work (default 1)")
+    add("--cluster", metavar="ADDRESS", help="a Dask scheduler, or local:N, that does the work")
     add("--corpus", metavar="DIR", type=Path, help="keep findings there, and go on from there")
     add("--coverage", action="store_true", help="tell what of the kernel was reached (slower)")
     add("--json", action="store_true", help="one JSON object instead of the account")
@@ -62,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Search, and tell: 0, or 1 where something was found."""
     from khosim.cli.explore_progress import shown
     from khosim.explore.campaign import Campaign
+    from khosim.explore.engine import hypothesis_version
     from khosim.explore.hazards import fixed
     from khosim.explore.search import SCENARIOS
     from khosim.explore.work import Spec
@@ -80,11 +85,17 @@ def run(args: argparse.Namespace) -> int:
     runs = None if seconds else _number("--runs", args.runs or str(_RUNS), 1)
     depth = None if args.exhaustive is None else _number("--exhaustive", args.exhaustive, 1)
     jobs = _number("--jobs", args.jobs, 1, _JOBS_MAX)
+    if args.cluster is not None and jobs != 1:
+        raise InputError("--jobs", "not together with --cluster")
     find_release(args.release)
     release = fixed(args.release) if args.fixed else args.release
     if args.coverage and depth is not None:
         raise InputError("--coverage", "not together with --exhaustive")
-    spec = Spec(args.scenario, release, str(seed), args.coverage)
+    if args.engine not in ("plain", "hypothesis"):
+        raise InputError("--engine", f"{args.engine!r} is not one of plain, hypothesis")
+    if args.engine == "hypothesis":
+        hypothesis_version()
+    spec = Spec(args.scenario, release, str(seed), args.coverage, args.engine)
     with ExitStack() as stack:
         corpus = None
         if args.corpus is not None:
@@ -93,10 +104,11 @@ def run(args: argparse.Namespace) -> int:
         stops = stack.enter_context(_stopping())
         campaign = Campaign(
             *(spec.seed, spec.scenario, spec.release),
-            crew=_crew(spec, jobs, bar),
+            crew=_crew(spec, jobs, args.cluster, bar),
             corpus=corpus,
             progress=bar.show,
             stops=stops,
+            engine=spec.engine,
         )
         if depth is not None:
             campaign.exhaust(depth)
@@ -105,21 +117,29 @@ def run(args: argparse.Namespace) -> int:
     return _tell(campaign, as_json=args.json, covers=args.coverage)
 
 
-def _crew(spec: Spec, jobs: int, bar: Bar) -> Crew:
+def _crew(spec: Spec, jobs: int, cluster: str | None, bar: Bar) -> Crew:
     from khosim.explore.crew import Inline, Workers
 
+    if cluster is not None:
+        from khosim.explore.cluster import Cluster
+
+        return Cluster(spec, cluster, bar.say)
     return Inline(spec) if jobs == 1 else Workers(spec, jobs, bar.say)
 
 
 def _corpus(path: Path, spec: Spec, depth: int | None) -> Corpus:
     from khosim.explore.codec import release_text
     from khosim.explore.corpus import Corpus, fingerprint
+    from khosim.explore.engine import hypothesis_version
 
+    search = "random" if depth is None else f"exhaustive {depth}"
+    if spec.engine == "hypothesis":
+        search += f", drawn by hypothesis {hypothesis_version()}"
     about = {
         "scenario": spec.scenario,
         "release": release_text(spec.release),
         "seed": spec.seed,
-        "search": "random" if depth is None else f"exhaustive {depth}",
+        "search": search,
         "khosim": fingerprint(),
     }
     return Corpus(path, about)
@@ -172,18 +192,23 @@ def _text(result: dict[str, Any]) -> str:
     findings = result["findings"]
     new = sum(not finding["hazards"] for finding in findings)
     heading = f"{result['explored']} programs of scenario {result['scenario']} on Linux"
-    told = f"{len(findings)} findings" + (f", {new} of them NEW" if findings else "")
+    told = f"{len(findings)} findings" + (f", {new} NEW" if findings else "")
     lines = [f"{heading} {result['release']}, seed {result['seed']}: {told}"]
     if "lost" in result:
         lines.append(f"left out, for they end their workers: runs {result['lost']}")
+    if "unexplained" in result:
+        lines.append(f"not shrunk, for it was shown often: {result['unexplained']} times")
     for n, finding in enumerate(findings, 1):
         what = "known hazard " + " with ".join(finding["hazards"]) if finding["hazards"] else "NEW"
         where = f"in {finding['count']} programs, first shown by {finding['seed']}"
-        lines += ["", f"-- {n}. {finding['invariant']}: {what} ({where})", finding["message"]]
+        lines += ["", f"-- {n}. {finding['invariant']}: {what}", where]
+        lines += wrap(finding["message"], _COLUMNS)
         if finding["also"]:
-            lines.append(f"also said by {', '.join(finding['also'])}")
-        lines += ["", *(f"    {line}".rstrip() for line in finding["program"].splitlines())]
-        lines += ["", *(f"    | {line}" for line in finding["trace"])]
+            lines += wrap(f"also said by {', '.join(finding['also'])}", _COLUMNS)
+        lines += ["", *(f"    {line}".rstrip() for line in finding["program"].splitlines()), ""]
+        for event in finding["trace"]:
+            first, *more = wrap(event, _COLUMNS - 8) or [""]
+            lines += [f"    | {first}", *(f"    |   {line}" for line in more)]
     return "\n".join(lines) + "\n"
 
 

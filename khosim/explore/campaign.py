@@ -15,6 +15,7 @@ from khosim.errors import InputError
 from khosim.explore import record
 from khosim.explore.coverage import Reached
 from khosim.explore.crew import Inline
+from khosim.explore.engine import DRAWN_TOGETHER
 from khosim.explore.exhaust import Exhausted, Frontier
 from khosim.explore.keeper import Asked, Keeper, tags, together
 from khosim.explore.program import tell
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ("CHUNK", "Campaign", "Suspect", "run_unit", "tags")
 
-CHUNK = 20
+CHUNK = DRAWN_TOGETHER
 """Runs in one piece of work."""
 _PROGRAMS = 4
 """Programs to go on from in one piece of an exhaustive search."""
@@ -52,8 +53,9 @@ class Campaign:
         corpus: Corpus | None = None,
         progress: Callable[[Campaign], None] = lambda campaign: None,
         stops: Callable[[], bool] = lambda: False,
+        engine: str = "plain",
     ) -> None:
-        self.spec = Spec(scenario, release, seed)
+        self.spec = Spec(scenario, release, seed, engine=engine)
         self.crew = crew or Inline(self.spec)
         self.corpus = corpus
         self.progress = progress
@@ -137,7 +139,7 @@ class Campaign:
             self._take(count, result)
 
     def _take(self, count: int, result: Runs) -> None:
-        self.explored += count - len(result.lost)
+        self.explored += count - len(result.lost) - result.given_up
         self.lost += result.lost
         self.reached |= result.reached
         self.covered |= result.covered
@@ -189,6 +191,17 @@ class Campaign:
     # -- the work --------------------------------------------------------------------------------
 
     def _go(
+        self,
+        more: Callable[[], tuple[Any, Task] | None],
+        take: Callable[[Any, Any], None],
+    ) -> None:
+        try:
+            self._work(more, take)
+        except BaseException:
+            self.crew.close()
+            raise
+
+    def _work(
         self,
         more: Callable[[], tuple[Any, Task] | None],
         take: Callable[[Any, Any], None],
@@ -261,6 +274,8 @@ class Campaign:
             "explored": self.explored,
             "findings": [self._told(finding) for finding in self.findings],
         }
+        if self.keeper.unexplained:
+            result["unexplained"] = self.keeper.unexplained
         if self.lost:
             result["lost"] = sorted(self.lost)
         return result

@@ -145,7 +145,8 @@ class Workers:
         if task is None:
             self._say(f"a worker {how} while it had nothing to do; another one takes its place")
             return []
-        where = f"at run {self._spec.seed}:{dead.at}" if task.name == "runs" else "while it shrank"
+        where = f"at run {self._spec.seed}:{dead.at}" if task.name == "runs" else "at its work"
+        where = "as it began" if dead.at is None else where
         if (dead.number, dead.at) not in self._deaths:
             self._deaths.add((dead.number, dead.at))
             self._say(f"a worker {how} {where}; what it was at is done again")

@@ -38,9 +38,17 @@ def named(world: World, kind: Kind, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args
 
 
-def random_run(seed: str, scenario: str, release: str | Release = "7.3") -> World:
-    """One program of ``scenario`` drawn from ``seed``, carried out and judged."""
-    random = Random(seed)
+def random_run(
+    seed: str,
+    scenario: str,
+    release: str | Release = "7.3",
+    random: Random | None = None,
+) -> World:
+    """One program of ``scenario`` drawn from ``seed``, carried out and judged.
+
+    With ``random`` it is drawn from that instead.
+    """
+    random = random or Random(seed)
     groups = _groups(random, scenario)
     world = World(KINDS, release)
     world.run(Step("boot", _machine(random, world, groups)))

@@ -76,7 +76,7 @@ class Keeper:
         self.unshrunk = 0
         """Suspects that did not show it a second time."""
         self.unexplained = 0
-        """Suspects of causes that had many findings already."""
+        """Times that a cause with many findings already was shown by yet another program."""
 
     def take(self, suspect: Suspect) -> None:
         """The next suspect."""

@@ -114,4 +114,6 @@ def _shown(value: object) -> str:
         return f"{value:#x}"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_shown, value))})"
+    if isinstance(value, dict):
+        return f"({', '.join(f'{name}={_shown(part)}' for name, part in value.items())})"
     return str(value)

@@ -52,6 +52,8 @@ def of_runs(first: int, count: int, runs: Runs, release: str | Release) -> Line:
     line: Line = {"runs": [first, count], "suspects": suspects, "reached": sorted(runs.reached)}
     if runs.lost:
         line["lost"] = list(runs.lost)
+    if runs.given_up:
+        line["given_up"] = runs.given_up
     return line
 
 
@@ -74,7 +76,11 @@ def to_runs(line: Line, spec: Spec, place: str) -> tuple[int, int, Runs]:
         told = tuple(_cause(cause, place) for cause in causes)
         program = tuple(decode_steps(steps, spec.release, place))
         found.append(Suspect(f"{spec.seed}:{_numbers([number], 1, place)[0]}", program, told))
-    return first, count, Runs(found, set(reached), tuple(_numbers(lost, len(lost), place)))
+    (given_up,) = _numbers([line.get("given_up", 0)], 1, place)
+    if not isinstance(lost, list):
+        raise InputError(place, "not what a campaign has written")
+    left_out = tuple(_numbers(lost, len(lost), place))
+    return first, count, Runs(found, set(reached), left_out, given_up=given_up)
 
 
 def of_answer(asked: Asked, answer: Any, release: str | Release) -> Line:

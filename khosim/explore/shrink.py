@@ -20,6 +20,8 @@ __all__ = ("Finding", "cause_of", "on_release", "shape", "shrink", "speaks")
 _NUMBERS = re.compile(r"0x[0-9a-f]+|(?<=pfn:)[0-9a-f]+|\b\d+\b|\b[a-z]\d+(?=_|\b)")
 _QUOTED = re.compile(r"'[^']*'")
 _EVALUATIONS_MAX = 150
+_SMALL = "reserve_mem=4096:4096:"
+"""The simplest region: a page."""
 
 
 @dataclass
@@ -170,6 +172,10 @@ def _simpler_step(steps: list[Step], i: int) -> Iterator[list[Step]]:
         for n in range(len(words)):
             less = " ".join(words[:n] + words[n + 1 :])
             yield [step._replace(args=(spec, less, release)), *_retold(steps[1:], words[n])]
+        for word in words:
+            if word.startswith("reserve_mem=") and not word.startswith(_SMALL):
+                small = f"{_SMALL}{word.rsplit(':', 1)[1]}"
+                yield _reworded(steps, word, small)
         return
     if step.fault > 1:
         for fault in range(1, step.fault):
@@ -208,6 +214,18 @@ def _simpler_successor(steps: list[Step], i: int) -> Iterator[list[Step]]:
 
 def _has_line(step: Step) -> bool:
     return step.kind in ("boot", "kexec")
+
+
+def _reworded(steps: list[Step], word: str, new: str) -> list[Step]:
+    # The same program with one word of its command lines replaced.
+    told = []
+    for step in steps:
+        if _has_line(step):
+            at = 1 if step.kind == "boot" else 0
+            line = " ".join(new if w == word else w for w in step.args[at].split())
+            step = step._replace(args=(*step.args[:at], line, *step.args[at + 1 :]))
+        told.append(step)
+    return told
 
 
 def _retold(steps: list[Step], word: str) -> list[Step]:

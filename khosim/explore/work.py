@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from khosim.explore.coverage import Reached, watching
+from khosim.explore.engine import drawn_by_hypothesis
 from khosim.explore.exhaust import expand, keep_of, kinds_of
 from khosim.explore.hazards import SWITCHES
 from khosim.explore.limits import BY_THE_CLOCK, alarm
@@ -18,6 +19,7 @@ from khosim.kernel.release import find_release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from random import Random
 
     from khosim.explore.world import Step
     from khosim.kernel.behaviours import Release
@@ -36,6 +38,8 @@ class Spec(NamedTuple):
     seed: str
     watches: bool = False
     """Note what of the kernel the runs reach."""
+    engine: str = "plain"
+    """Who draws programs: "plain" or "hypothesis"."""
 
 
 class Suspect(NamedTuple):
@@ -50,13 +54,15 @@ class Runs(NamedTuple):
     """What some runs in a row came to.
 
     ``lost`` are numbers of runs that no worker survived, ``covered`` is what they reached of the
-    kernel, where somebody watched.
+    kernel, where somebody watched; ``given_up`` counts programs that an engine did not draw to
+    their end.
     """
 
     suspects: list[Suspect]
     reached: set[str]
     lost: tuple[int, ...] = ()
     covered: Reached = Reached()
+    given_up: int = 0
 
 
 class Task(NamedTuple):
@@ -78,23 +84,32 @@ def run_unit(
     count: int,
     skip: Sequence[int] = (),
     tick: Callable[[int], None] = _no_tick,
+    engine: str = "plain",
 ) -> Runs:
     """Make ``count`` runs from number ``first`` on, but for those to ``skip``."""
     suspects: list[Suspect] = []
     reached: set[str] = set()
-    for n in range(first, first + count):
-        if n in skip:
-            continue
+
+    def run(n: int, random: Random | None = None) -> None:
         tick(n)
         name = f"{seed}:{n}"
         with alarm():
-            world = random_run(name, scenario, release)
-        reached |= {step.kind for step in world.steps}
+            world = random_run(name, scenario, release, random)
         causes = tuple(dict.fromkeys(cause_of(problem) for problem in world.problems))
-        if causes:
-            suspects.append(Suspect(name, tuple(world.steps), causes))
+        if n >= first:
+            reached.update(step.kind for step in world.steps)
+            if causes:
+                suspects.append(Suspect(name, tuple(world.steps), causes))
         world.close()
-    return Runs(suspects, reached, tuple(skip))
+
+    made = count
+    if engine == "hypothesis":
+        made = drawn_by_hypothesis(seed, first, count, skip, run) + len(skip)
+    else:
+        for n in range(first, first + count):
+            if n not in skip:
+                run(n)
+    return Runs(suspects, reached, tuple(skip), given_up=count - made)
 
 
 def silencers(
@@ -133,7 +148,9 @@ def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
     if task.name == "runs":
         first, count, skip = task.args
         with watching(on=spec.watches) as watch:
-            runs = run_unit(spec.seed, spec.scenario, spec.release, first, count, skip, tick)
+            runs = run_unit(
+                spec.seed, spec.scenario, spec.release, first, count, skip, tick, spec.engine
+            )
         return runs._replace(covered=watch.reached)
     if task.name == "shrink":
         steps, cause = task.args
