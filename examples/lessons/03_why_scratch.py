@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from telling import ask, say, title
+from telling import ask, draw, say, title
 
 from khosim import KernelError, Machine
 from khosim.kernel.image import KernelConfig
 from khosim.kernel.release import find_release
+from khosim.view.recording import Recording
 
 # %% [markdown]
 # ## What a kernel does before it knows
@@ -69,6 +70,7 @@ say(f"All {len(kimage.segments)} pieces of the new kernel lie in scratch.")
 # %%
 title("What if a preserved page lies in scratch?")
 machine = Machine("64M")
+story = Recording(machine)
 ram = machine.hardware.ram
 kernel = machine.boot(cmdline="kho=on")
 blocks = [kernel.alloc_folio(order=9, owner="driver", movable=True) for _ in range(20)]
@@ -96,6 +98,14 @@ for segment in kernel.kexec_image.segments:
 ask(machine, most=1)
 
 # %% [markdown]
+# A picture of all of memory, just before the jump. X is where the new kernel's image goes. P is
+# what is preserved: it fills most of scratch, and where it ends, the first X lie over it.
+
+# %%
+title("Memory before the jump")
+draw(next(moment for moment in story.moments if moment.stage == "jump"))
+
+# %% [markdown]
 # Three invariants, three harms:
 #
 # * `preserved-content`: the new kernel's initrd was copied over the driver's pages. It was to go to
@@ -114,6 +124,7 @@ ask(machine, most=1)
 # %%
 title("The repair")
 machine = Machine("64M")
+story = Recording(machine)
 kernel = machine.boot(cmdline="kho=on")
 blocks = [kernel.alloc_folio(order=9, owner="driver") for _ in range(8)]
 assert not any(kernel.kho_scratch_overlap(block.phys, block.len_bytes) for block in blocks)
@@ -124,8 +135,11 @@ successor = kernel.kexec()
 assert all(successor.kho_restore_folio(block.phys) for block in blocks)
 say("All were restored.")
 ask(machine)
+draw(next(moment for moment in story.moments if moment.stage == "jump"))
 
 # %% [markdown]
+# P and S, scratch, are apart from each other, and X is in scratch only.
+#
 # A kernel that is built for finding bugs (CONFIG_KEXEC_HANDOVER_DEBUG) refuses the mistake:
 
 # %%

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections import Counter
 
+from rich.console import Console
+
 from khosim import Machine
 from khosim.explore.kit import Stage, audit
+from khosim.view.moment import Moment
+from khosim.view.terminal import map_view
 
-__all__ = ("ask", "say", "title")
+__all__ = ("ask", "draw", "say", "title")
 
 
 def title(text: str) -> None:
@@ -37,3 +42,11 @@ def ask(machine: Machine, most: int = 2) -> None:
             print(f"! {invariant} says {count - most} more things of that kind")
     if not said:
         print("(no invariant speaks)")
+
+
+def draw(moment: Moment) -> None:
+    """Print the map of memory at a moment, without its heading; the same in every notebook."""
+    page = io.StringIO()
+    console = Console(file=page, width=80, color_system=None, force_jupyter=False)
+    console.print(map_view(moment, 80))
+    print("\n".join(line.rstrip() for line in page.getvalue().splitlines()[1:]))
