@@ -10,8 +10,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from khosim.printable import printable
 from khosim.errors import InputError
+from khosim.printable import printable
 
 if TYPE_CHECKING:
     from khosim.blackout.costs import Costs
