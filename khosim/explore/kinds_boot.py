@@ -198,6 +198,13 @@ def _after_jump(item: Item) -> str:
     return "incoming"
 
 
+def _reset_choices(world: World) -> list[Args]:
+    # A boot loader puts the kernel where it wants to be, and does not look for another place.
+    if not world.has_kernel or world.generation >= 3 or world.is_harmed:
+        return []
+    return [] if world.vars.get("whole_map") else [()]
+
+
 def _reset_source(world: World) -> str:
     told = f"{world.release!r}" if isinstance(world.release, str) else "release"
     more = "" if told == "'7.3'" else f"{told}, "
@@ -243,7 +250,7 @@ KINDS = (
     Kind(
         "reset",
         "reset",
-        lambda w: [()] if w.has_kernel and w.generation < 3 and not w.is_harmed else [],
+        _reset_choices,
         _reset_source,
         _was_reset,
         can_fail=False,
