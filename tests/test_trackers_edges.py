@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from khosim import Machine
 from khosim.kernel.image import KernelConfig
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.kho_chunks import KhoChunks
-from khosim.kernel.kho_radix import kho_encode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree, kho_encode_radix_key
 from khosim.kernel.kho_tracker import BlockTracker, no_memory
 from khosim.kernel.release import Release, find_release
 
@@ -147,3 +148,35 @@ def test_a_tracker_of_four_methods_can_do_the_rest() -> None:
     assert found == [(0, 0x7000), *((1, key) for key in keys_of([(0x40, 1), (0x42, 1), (0x50, 0)]))]
     tracker.del_run(key, 2)
     assert tracker.held == {(0x50, 0)}
+
+
+def test_clearing_in_no_tree_clears_nothing() -> None:
+    """Without a root there is a warning, once, and memory stays as it is."""
+    kernel = booted("7.3")
+    tree = KhoRadixTree(kernel, depth=kernel.arch.tree_depth)
+    kernel.ram.write(0, bytes([0xFF]) * 4096, (0, "test"))
+    told = len(kernel.messages)
+    for key in (*keys_of(KEYS), 0, 1, 63):
+        tree.del_key(key)
+    assert kernel.ram.read(0, 4096) == bytes([0xFF]) * 4096
+    assert len(kernel.messages) == told + 1
+    assert "kho_radix_del_key" in kernel.messages[told]
+
+
+def test_an_array_of_keys_says_who_wrote_the_leaves() -> None:
+    """Whoever asks who wrote a leaf is told of the call that set its bits; no page besides."""
+    kernel = booted("7.3")
+    tree = kernel.kho_out.tree
+    others = kernel.ram.last_writers(range(64))
+    (first,) = keys_of([(0x100000, 0)])
+    assert tree.add_many(np.arange(first, first + 40_000, dtype=np.int64)) == (0, 40_000)
+    walked = list(tree.walk())
+    leaves = [
+        page
+        for (nr, page), (_, key) in pairwise(walked)
+        if not nr and first <= key < first + 40_000
+    ]
+    writers = kernel.ram.last_writers([phys >> 12 for phys in leaves])
+    assert len(leaves) == 2
+    assert {by and by[1] for by in writers} == {"kho_radix_add_key"}
+    assert kernel.ram.last_writers(range(64)) == others

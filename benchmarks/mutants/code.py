@@ -53,7 +53,10 @@ AREAS: dict[str, Area] = {
     ),
     "incoming": Area(
         tuple(f"kernel.{n}" for n in ("kho_in", "kho", "kho_reserve")),
-        ("test_kho_in.py", "test_kho_out.py", "test_kho_scratch.py", "test_hostile.py"),
+        (
+            *("test_kho_in.py", "test_kho_out.py", "test_kho_scratch.py", "test_hostile.py"),
+            *("test_releases*.py", "test_bugs.py", "test_hazards.py", "test_jump.py"),
+        ),
     ),
     "memory": Area(
         (
