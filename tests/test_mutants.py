@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import unwrap
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,13 @@ def test_reasons_are_for_flips() -> None:
 @pytest.fixture
 def source() -> Iterator[str]:
     """The source of :mod:`khosim.units`, whose functions are put back afterwards."""
-    functions = [thing for thing in vars(units).values() if hasattr(thing, "__code__")]
+    found = [unwrap(thing) for thing in vars(units).values() if callable(thing)]
+    functions = [function for function in found if hasattr(function, "__code__")]
     codes = [function.__code__ for function in functions]
     yield Path(units.__file__).read_text(encoding="utf-8")
     for function, code in zip(functions, codes, strict=True):
         function.__code__ = code
+    sample.forget()
 
 
 def test_a_mutant_is_put_into_the_function_that_is_there(source: str) -> None:

@@ -21,7 +21,7 @@ from random import Random
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
-__all__ = ("Mutant", "draw", "install")
+__all__ = ("Mutant", "draw", "forget", "install")
 
 _LEFT_OUT = ("RemoveDecorator", "VariableInserter", "VariableReplacer")
 """They change a module's code, or need to be told names."""
@@ -162,6 +162,16 @@ def install(mutant: Mutant) -> None:
     assert functions, f"{mutant.module}.{was.co_qualname} is not there"
     for function in functions:
         function.__code__ = now
+    forget()
+
+
+def forget() -> None:
+    """Empty every cache of khosim: what was remembered is what another code said."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "khosim":
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 def _live(owner: Any, code: CodeType) -> Iterator[FunctionType]:
