@@ -8,6 +8,7 @@ import pytest
 
 from khosim import KernelError, Machine
 from khosim.errors import InputError, KernelPanic
+from khosim.explore.hazards import fixed
 from khosim.explore.kit import Stage, audit, lost_memory, regained_memory, take_range
 from khosim.faults.between import flipped, jump_with, overwritten, stale, torn, without
 from khosim.faults.calls import failing_allocation, oops
@@ -15,6 +16,7 @@ from khosim.faults.device import Dma
 from khosim.faults.places import places
 from khosim.kernel.contig_range import alloc_contig_range, free_contig_range
 from khosim.kernel.kernel import Kernel
+from khosim.kernel.release import find_release
 
 ON = "kho=on liveupdate=on"
 
@@ -201,3 +203,15 @@ def test_taking_a_range() -> None:
     assert kernel.pages.nr_free_pages() == free
     with pytest.raises(KernelError, match="EINVAL"):
         take_range(kernel, 64 << 20 >> 12, 1)
+
+
+def test_a_list_that_leads_to_the_first_page() -> None:
+    """A chunk whose next one lies in page 0 is refused, with all fixes and without."""
+    for release in (find_release("7.3"), fixed("7.3")):
+        kernel = Machine("64M").boot(release, cmdline=ON)
+        session = kernel.liveupdate.create_session("vm")
+        session.preserve(kernel.memfd("ram", size=1), 1)
+        chunk = "/LUO/sessions[0]/files[0]/folios/chunks[0]"
+        kernel = jump_with(kernel, flipped(chunk, 0))
+        with pytest.raises(KernelError):
+            kernel.liveupdate.retrieve_session("vm").retrieve(1)

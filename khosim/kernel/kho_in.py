@@ -372,7 +372,7 @@ class KhoIn:
         while pfn < (end_pfn := start_pfn + nr_pages):
             trailing = (pfn & -pfn).bit_length() - 1
             order = min(trailing, (end_pfn - pfn).bit_length() - 1)
-            while fixed and order and nid_of_pfn(pfn) != nid_of_pfn(pfn + (1 << order) - 1):
+            while fixed and order > 0 and nid_of_pfn(pfn) != nid_of_pfn(pfn + (1 << order) - 1):
                 order -= 1
             if self._restore_page(pfn << shift, False, "kho_restore_pages") is None:
                 return None
