@@ -181,6 +181,8 @@ def _live(owner: Any, code: CodeType) -> Iterator[FunctionType]:
     waiting = [vars(owner)[name]]
     while waiting:
         thing = waiting.pop()
+        if hasattr(thing, "cache_clear"):  # what the function gave before is no answer now
+            thing.cache_clear()
         if isinstance(thing, FunctionType) and thing.__code__.co_firstlineno == code.co_firstlineno:
             yield thing
         for attribute in ("fget", "fset", "__func__", "__wrapped__"):

@@ -16,9 +16,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from khosim import abi, kernel
 from khosim.errors import InputError
 from khosim.explore.kernel_source import KINDS, Module, Site, modules, package_path
 
@@ -75,11 +78,14 @@ def _meter() -> coverage.Coverage:
     return coverage.Coverage(data_file=None, config_file=False, branch=True, include=include)
 
 
-def _forget() -> None:
-    # What was reached must not depend on what ran before: caches would hide it.
-    for name, module in list(sys.modules.items()):
-        if name.startswith(("khosim.abi", "khosim.kernel")):
-            for value in vars(module).values():
+def _begin_anew() -> None:
+    # What was reached must not depend on what ran before: imports and caches would show.
+    for package in (abi, kernel):
+        for module in walk_packages(package.__path__, f"{package.__name__}."):
+            import_module(module.name)
+    for name, loaded in list(sys.modules.items()):
+        if name.startswith("khosim.") and name != modules.__module__:
+            for value in list(vars(loaded).values()):
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
 
@@ -95,7 +101,7 @@ def watching(*, on: bool = True) -> Iterator[Watch]:
         yield watch
         return
     meter = _meter()
-    _forget()
+    _begin_anew()
     meter.start()
     try:
         yield watch
