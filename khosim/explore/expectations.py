@@ -102,6 +102,12 @@ EXPECTATIONS = (
         for invariant in _LEFT_BEHIND
     ),
     Expectation(
+        "mem-leaves-no-place-for-the-initrd",
+        "panic",
+        "Cannot find place for new RAMDISK",
+        "reserve_initrd dies where mem= leaves no room to move the initrd to: it was asked for.",
+    ),
+    Expectation(
         "no-memory-for-luo-is-fatal",
         "panic",
         "The incoming tree failed to initialize properly [-ENOMEM]",

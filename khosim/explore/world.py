@@ -286,7 +286,8 @@ class World:
             return refused.name
         except KernelPanic as panic:
             self._look_at_damage(panic.message)
-            expected = is_expected_panic(panic.message, lacks_memory=bool(step.fault))
+            has_less = bool(step.fault) or any(" mem=" in str(word) for word in step.args)
+            expected = is_expected_panic(panic.message, lacks_memory=has_less)
             if not expected and not self.is_harmed:
                 self._problem("kernel-panic", panic.message)
             self.is_over = True
