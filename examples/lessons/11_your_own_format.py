@@ -99,8 +99,8 @@ roll_back(RELEASE)
 # %% [markdown]
 # ## Is it good?
 #
-# Let the search of lesson 10 have a go at it. `fixed` switches the known bugs of 7.3 off, which are
-# not the format's.
+# Let the search of lesson 10 have a go at it. `fixed` switches the known bugs of 7.3 off, as far as
+# they are not the format's.
 
 # %%
 title("Is it good?")
@@ -112,7 +112,8 @@ for finding in campaign.findings:
 
 # %% [markdown]
 # One finding: who preserves a folio twice and takes it back once has lost it, as in Linux 7.3
-# itself. There the fix counts; a row of your own would have to count as well.
+# itself (`docs/hazards/preserve-twice.md`). The switch `fix_preserve_twice` makes Linux's tree
+# count how often; a row of your own would have to count as well.
 #
 # And what does it cost? The tree of Linux takes six pages for one block, and not many more for a
 # thousand. The row takes a byte for each page of the machine, whatever is preserved:
