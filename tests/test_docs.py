@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-OWN_TESTS = {"handlers.md", "testing.md", "view.md", "devices.md", "drivers.md", "releases.md"}
+OWN_TESTS = {"handlers.md", "testing.md", "view.md", "devices.md", "drivers.md"}
 """Pages whose programs have a test of their own."""
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
