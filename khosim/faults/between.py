@@ -87,7 +87,10 @@ _CLAIMS: dict[tuple[str, int], tuple[str, ...]] = {
     ("LUO", 0): ("LUO state is incompatible", "incoming tree failed"),
     ("/LUO/sessions/blocks[0]", 8): ("invalid entry count", "incoming tree failed"),
 }
-"""What 7.3 checks, by place and offset, and its words where the check fails."""
+"""What 7.3 checks, by place and offset, and its words where the check fails.
+
+A version or a count of 1 is one that it takes, wrong as it may be.
+"""
 
 
 def overwritten(place: str, offset: int, data: str) -> Between:
@@ -95,7 +98,8 @@ def overwritten(place: str, offset: int, data: str) -> Between:
 
     See :func:`khosim.faults.places.places`. Raises ValueError for what is not hexadecimal.
     """
-    return _Bytes(place, offset, bytes.fromhex(data), _CLAIMS.get((place, offset), ()))
+    words = _CLAIMS.get((place, offset), ()) if not data.startswith("01") else ()
+    return _Bytes(place, offset, bytes.fromhex(data), words)
 
 
 class _Flip(Between):
