@@ -215,3 +215,19 @@ def test_a_list_that_leads_to_the_first_page() -> None:
         kernel = jump_with(kernel, flipped(chunk, 0))
         with pytest.raises(KernelError):
             kernel.liveupdate.retrieve_session("vm").retrieve(1)
+
+
+def test_a_list_that_leads_back_ends() -> None:
+    """A chunk that is its own next one: refused, and given up without going round for ever."""
+    chunk = "/LUO/sessions[0]/files[0]/folios/chunks[0]"
+    for release in (find_release("7.3"), fixed("7.3")):
+        machine = Machine("64M")
+        kernel = machine.boot(release, cmdline=ON)
+        session = kernel.liveupdate.create_session("vm")
+        session.preserve(kernel.memfd("ram", size=1), 1)
+        machine.load_successor(kernel)
+        at = places(kernel)[chunk]
+        overwritten(chunk, 0, at.to_bytes(8, "little").hex()).strike(kernel)
+        successor = machine.resume()
+        with pytest.raises(KernelError):
+            successor.liveupdate.retrieve_session("vm").retrieve(1)

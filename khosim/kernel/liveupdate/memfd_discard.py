@@ -27,13 +27,15 @@ _PFN_MASK = (1 << MEMFD_LUO_PFN_BITS) - 1
 def discard_unmapped(kernel: Kernel, slot_phys: int, nr_folios: int) -> None:
     """Free the folios, the records' pages and their list, which the descriptor leads to.
 
-    What somebody has restored already is only freed.
+    What somebody has restored already is only freed; a list that leads back, or nowhere, ends.
     """
     ram, page = kernel.ram, kernel.arch.page_size
     descriptor = KhoVmallocSlot(kernel, slot_phys).load()
     left = nr_folios
     chunk = descriptor.first
-    while chunk:
+    seen: set[int] = set()
+    while chunk and not chunk % page and chunk not in seen:
+        seen.add(chunk)
         entries = ram.view(kernel.virt(chunk, page) + KHO_VMALLOC_HDR_BYTES, page - 8).view("<u8")
         listed = entries[: np.flatnonzero(entries == 0)[0]] if not entries.all() else entries
         for phys in listed.tolist():
