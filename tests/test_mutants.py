@@ -12,6 +12,7 @@ from benchmarks.mutants import reasons, sample, switches
 from benchmarks.mutants.sample import Mutant, draw, install
 from benchmarks.mutants.switches import Flip, flips, judge, pair
 from khosim import units
+from khosim.explore.coverage import clear_caches
 from khosim.explore.hazards import SWITCHES, fixed
 
 BASE = fixed("7.3")
@@ -70,7 +71,7 @@ def source() -> Iterator[str]:
     yield Path(units.__file__).read_text(encoding="utf-8")
     for function, code in zip(functions, codes, strict=True):
         function.__code__ = code
-    sample.forget()
+    clear_caches()
 
 
 def test_a_mutant_is_put_into_the_function_that_is_there(source: str) -> None:

@@ -21,7 +21,9 @@ from random import Random
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
-__all__ = ("Mutant", "draw", "forget", "install")
+from khosim.explore.coverage import clear_caches
+
+__all__ = ("Mutant", "draw", "install")
 
 _LEFT_OUT = ("RemoveDecorator", "VariableInserter", "VariableReplacer")
 """They change a module's code, or need to be told names."""
@@ -162,16 +164,7 @@ def install(mutant: Mutant) -> None:
     assert functions, f"{mutant.module}.{was.co_qualname} is not there"
     for function in functions:
         function.__code__ = now
-    forget()
-
-
-def forget() -> None:
-    """Empty every cache of khosim: what was remembered is what another code said."""
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "khosim":
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
+    clear_caches()  # what was remembered is what another code said
 
 
 def _live(owner: Any, code: CodeType) -> Iterator[FunctionType]:
@@ -181,8 +174,6 @@ def _live(owner: Any, code: CodeType) -> Iterator[FunctionType]:
     waiting = [vars(owner)[name]]
     while waiting:
         thing = waiting.pop()
-        if hasattr(thing, "cache_clear"):  # what the function gave before is no answer now
-            thing.cache_clear()
         if isinstance(thing, FunctionType) and thing.__code__.co_firstlineno == code.co_firstlineno:
             yield thing
         for attribute in ("fget", "fset", "__func__", "__wrapped__"):

@@ -83,6 +83,11 @@ def _begin_anew() -> None:
     for package in (abi, kernel):
         for module in walk_packages(package.__path__, f"{package.__name__}."):
             import_module(module.name)
+    clear_caches()
+
+
+def clear_caches() -> None:
+    """Empty every cache of khosim's functions, but that of the kernel's source."""
     for name, loaded in list(sys.modules.items()):
         if name.startswith("khosim.") and name != modules.__module__:
             for value in list(vars(loaded).values()):

@@ -64,26 +64,8 @@ __all__ = (
     "torn",
 )
 
-PROGRAM = (
-    "Dma",
-    "Stage",
-    "Token",
-    "audit",
-    "failing",
-    "failing_boot",
-    "flipped",
-    "ledger",
-    "lost_memory",
-    "oops",
-    "overwritten",
-    "read_debugfs",
-    "regained_memory",
-    "retrieve_badly",
-    "stale",
-    "take_range",
-    "tokens",
-    "torn",
-)
+_NOT_PRINTED = {"PROGRAM", "Death", "Ledger", "Nth", "TaskDied", "TokenHandler"}
+PROGRAM = tuple(name for name in __all__ if name not in _NOT_PRINTED)
 """The names that programs use; what is printed imports those of them that it needs."""
 
 

@@ -7,8 +7,6 @@ see few of them; each layer also has a row of its own.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ import numpy as np
 from khosim.checks.ranges import merged
 from khosim.errors import InputError
 from khosim.scenario.fields import size_text
+from khosim.view.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -163,18 +162,9 @@ def save_picture(figure: Figure, path: str | Path) -> None:
         raise InputError(str(path), f"a picture ends in {' or '.join(SUFFIXES)}")
     from matplotlib import rc_context
 
-    name = ""
-    try:
-        handle, name = tempfile.mkstemp(suffix=target.suffix, dir=target.absolute().parent)
-        with os.fdopen(handle, "wb") as file, rc_context({"svg.hashsalt": "khosim"}):
-            metadata: dict[str, Any] = {"Date": None} if target.suffix == ".svg" else {}
-            figure.savefig(file, format=target.suffix[1:], dpi=_PER_INCH, metadata=metadata)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except OSError as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        raise InputError(str(path), error.strerror or str(error)) from None
+    metadata: dict[str, Any] = {"Date": None} if target.suffix == ".svg" else {}
+    with whole_file(target) as file, rc_context({"svg.hashsalt": "khosim"}):
+        figure.savefig(file, format=target.suffix[1:], dpi=_PER_INCH, metadata=metadata)
 
 
 def _figure(rows: int, inches: float) -> tuple[Figure, list[Axes]]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
-import tempfile
 import zlib
 from importlib.resources import files
 from pathlib import Path
@@ -23,9 +21,9 @@ from khosim import __version__
 from khosim.checks.invariants import INVARIANTS
 from khosim.errors import InputError
 from khosim.printable import printable
-from khosim.view.evidence import EVIDENT
 from khosim.view.moment import LAYERS
 from khosim.view.touched import touched
+from khosim.view.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,18 +42,8 @@ _TEXT_MAX = 160
 def write_report(story: Recording, path: str | Path) -> int:
     """Write the page and return its size in bytes; the file takes its place when it is whole."""
     data = report_html(story).encode()
-    target = Path(path)
-    name = ""
-    try:
-        handle, name = tempfile.mkstemp(suffix=".html", dir=target.absolute().parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except OSError as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        raise InputError(str(path), error.strerror or str(error)) from None
+    with whole_file(path) as file:
+        file.write(data)
     return len(data)
 
 
@@ -151,7 +139,6 @@ def _facts(story: Recording, columns: _Columns) -> dict[str, Any]:
         "low": int(ram.start.min()),
         "high": int(ram.end.max()),
         "layers": LAYERS,
-        "evident": EVIDENT,
         "events": events,
         "touched": {"start": [it[0] for it in places], "end": [it[1] for it in places]},
         "moments": moments,

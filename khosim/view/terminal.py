@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from khosim.view.moment import Layer, Moment
-    from khosim.view.recording import Phase, Recording
+    from khosim.view.recording import Recording
 
 __all__ = ("console", "diff_view", "map_view", "moments_view", "preserved_view", "timeline_view")
 
@@ -191,7 +191,7 @@ def timeline_view(story: Recording, width: int) -> RenderableType:
     table.add_column("")
     room = max(8, width - named - 20)
     last = None
-    for phase in _joined(phases):
+    for phase in phases:
         count = phase.end - phase.first
         bar = "#" * max(1, round(room * count / most))
         kernel = str(phase.generation) if phase.generation != last else ""
@@ -204,8 +204,3 @@ def timeline_view(story: Recording, width: int) -> RenderableType:
     else:
         parts.append(Text("every invariant holds"))
     return Group(*parts)
-
-
-def _joined(phases: list[Phase]) -> list[Phase]:
-    # A phase that another one interrupts shortly comes several times; each time is a row.
-    return [phase for phase in phases if phase.end > phase.first]
