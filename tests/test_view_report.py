@@ -223,3 +223,27 @@ def test_the_document_is_true(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*shown[0].split(), "--width", "80"]) == 0
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert printed == shown[1].splitlines()
+
+
+def test_the_trees_leaves_say_what_the_checkers_decoder_says() -> None:
+    """Runs of blocks, also long ones: order, first address and number are those of the decoder."""
+    machine = Machine("64M")
+    with recording(machine, in_depth=True) as story:
+        kernel = machine.boot(cmdline="kho=on")
+        for order in (0,) * 40 + (1,) * 9 + (3,) * 140:
+            kernel.kho_preserve_folio(kernel.alloc_folio(order, owner="guest"))
+        moment = story.mark("preserved")
+    assert moment is not None
+    assert moment.handover is not None
+    preserved = moment.handover.preserved
+    columns = (preserved.order, preserved.start_pfn, preserved.nr_blocks)
+    expected = set(zip(*(column.tolist() for column in columns), strict=True))
+    assert max(count for _, _, count in expected) > 64
+    text = json.dumps(story.trees[moment.index])
+    said = re.findall(r"(a block|[\d,]+ blocks) of order (\d+) from (0x[0-9a-f]+)", text)
+    numbers = [1 if words == "a block" else int(words.split()[0]) for words, _, _ in said]
+    found = {
+        (int(order), int(phys, 16) >> 12, count)
+        for (_, order, phys), count in zip(said, numbers, strict=True)
+    }
+    assert found == expected
