@@ -37,6 +37,7 @@ _LEFT_BEHIND = (
     "luo-no-leftovers",
     "luo-preserved",
     "luo-references",
+    "luo-wellformed",
     "region-preserved",
 )
 

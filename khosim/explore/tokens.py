@@ -122,8 +122,9 @@ class Ledger(Flb):
         self.is_open = True
 
     def finish(self, args: LiveupdateFlbOpArgs) -> None:
-        """Free the predecessor's."""
-        args.kernel.kho_restore_free(args.obj)
+        """Free the predecessor's, unless a task died while it looked for it."""
+        if args.obj is not None:
+            args.kernel.kho_restore_free(args.obj)
         self.is_open = False
 
 
