@@ -35,9 +35,7 @@ class Expectation(NamedTuple):
 _LEFT_BEHIND = (
     "all-given-back",
     "luo-no-leftovers",
-    "luo-preserved",
     "luo-references",
-    "luo-wellformed",
     "region-preserved",
 )
 

@@ -52,6 +52,8 @@ class Kind:
     """It asks for memory, which a fault may refuse."""
     asks: int = 4
     """How often it asks for memory, or nearly so."""
+    locks: bool = False
+    """It goes on with sessions locked against a kexec, which a task that dies there leaves so."""
     takes_any: bool = False
     """Any arguments are lawful, not only the listed ones: what goes onto a command line."""
 

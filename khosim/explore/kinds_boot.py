@@ -122,7 +122,7 @@ def _successors(world: World) -> list[str]:
 
 
 def _kexec_choices(world: World) -> list[Args]:
-    if not world.has_kernel or world.generation >= 3:
+    if not world.has_kernel or world.generation >= 3 or world.is_stuck:
         return []
     lines = [(line,) for line in _successors(world)]
     return [*lines, *((world.cmdline, more) for more in _others(world))]
@@ -213,7 +213,7 @@ def _reset_source(world: World) -> str:
 
 def _was_reset(world: World, args: Args) -> None:
     world.generation += 1
-    world.cursed = False
+    world.cursed = world.has_died = world.is_stuck = False
     world.vars["format"] = world.kernel.release.kho_compatible
     world.items.clear()
     world.came = set()

@@ -57,7 +57,7 @@ def _tokens_done(world: World, args: Args) -> None:
 
 def _ledger_get(world: World) -> list[Args]:
     needed = any(item["type"] == "token" for item in world.of("file", "preserved"))
-    ledgers = [item for item in world.of("ledger") if item["flb"]]
+    ledgers = [item for item in world.of("ledger", "held") if item["flb"]]
     return [(item.name,) for item in ledgers if needed and not item["gets"]]
 
 
@@ -68,7 +68,16 @@ def _incoming_get(world: World) -> list[Args]:
     )
     if not came or "ledger" not in world.came:
         return []
-    return [(item.name,) for item in world.of("ledger") if item["flb"] and not item["gets"]]
+    ledgers = world.of("ledger", "held")
+    return [(item.name,) for item in ledgers if item["flb"] and not item["gets"]]
+
+
+def _gotten(count: int) -> Callable[[World], list[Args]]:
+    # Who died while getting or putting has left a count that nobody knows.
+    def choices(world: World) -> list[Args]:
+        return [(item.name,) for item in world.of("ledger", "held") if item["gets"] == count]
+
+    return choices
 
 
 def _gets(count: int) -> Callable[[World, Args], None]:
@@ -128,7 +137,7 @@ KINDS = (
     Kind(
         "put_incoming",
         "flb",
-        lambda w: [(i.name,) for i in w.of("ledger") if i["gets"] == 2],
+        _gotten(2),
         lambda w, g: f"kernel.liveupdate.flb_put_incoming({g})",
         _gets(0),
         can_fail=False,
@@ -136,7 +145,7 @@ KINDS = (
     Kind(
         "put_outgoing",
         "flb",
-        lambda w: [(i.name,) for i in w.of("ledger") if i["gets"] == 1],
+        _gotten(1),
         lambda w, g: f"kernel.liveupdate.flb_put_outgoing({g})",
         _gets(0),
         can_fail=False,

@@ -18,6 +18,7 @@ from khosim.explore.kinds import NEW, Args, Kind, nothing
 
 if TYPE_CHECKING:
     from khosim.explore.world import World
+    from khosim.kernel.liveupdate.luo_session import Session
 
 __all__ = ("KINDS",)
 
@@ -172,9 +173,12 @@ def _file_done(world: World, args: Args) -> None:
     world.items[args[1]].state = "arrived"
 
 
-
 def _file_lost(world: World, args: Args) -> None:
-    world.items[args[1]].state = "lost"
+    # A handler is asked once; where it was not asked yet, the file goes on waiting.
+    session: Session = world.vars[args[0]]
+    asked = world.kernel.liveupdate.retrieved
+    if any(file.token == args[2] and file in asked for file in session.session.file_set.files):
+        world.items[args[1]].state = "lost"
 
 
 def _is_busy(world: World, session: str) -> bool:
@@ -227,6 +231,7 @@ KINDS = (
         letter="s",
         errnos=_SESSION,
         weight=8,
+        locks=True,
     ),
     Kind(
         "create_twice",
@@ -236,6 +241,7 @@ KINDS = (
         nothing,
         errnos=_EX,
         weight=1,
+        locks=True,
     ),
     Kind(
         "create_sessions",
@@ -248,6 +254,7 @@ KINDS = (
         letter="c",
         errnos=frozenset(("EIO",)),
         can_fail=False,
+        locks=True,
     ),
     Kind(
         "close_session",
@@ -255,6 +262,7 @@ KINDS = (
         _close_choices, lambda w, s: f"{s}.close()", _close,
         weight=1,
         can_fail=False,
+        locks=True,
     ),
     Kind(
         "retrieve_session",
@@ -264,6 +272,7 @@ KINDS = (
         _arrived,
         errnos=frozenset(("EIO",)),
         weight=30,
+        locks=True,
     ),
     Kind(
         "finish",
@@ -274,6 +283,7 @@ KINDS = (
         _was_asked,
         errnos=frozenset(("EBUSY",)),
         weight=3,
+        locks=True,
     ),
     Kind(
         "close_unfinished",
@@ -282,6 +292,7 @@ KINDS = (
         lambda w, s: f"{s}.close()",
         _close_unfinished,
         weight=1,
+        locks=True,
     ),
     Kind(
         "retrieve_badly",
@@ -292,6 +303,7 @@ KINDS = (
         errnos=frozenset(("EFAULT", "EIO")),
         can_fail=False,
         weight=1,
+        locks=True,
     ),
     Kind(
         "preserve_file",
@@ -302,6 +314,7 @@ KINDS = (
         errnos=frozenset(("EEXIST", "EBUSY", "ENOENT")),
         asks=14,
         weight=30,
+        locks=True,
     ),
     Kind(
         "preserve_files",
@@ -313,6 +326,7 @@ KINDS = (
         ),
         _many_done,
         can_fail=False,
+        locks=True,
     ),
     Kind(
         "retrieve_file",
@@ -324,6 +338,7 @@ KINDS = (
         errnos=frozenset(("EINVAL", "ENOSPC")),
         asks=12,
         weight=30,
+        locks=True,
     ),
     Kind(
         "close_file",

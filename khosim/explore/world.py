@@ -131,7 +131,9 @@ class World:
         """Bytes or memory that the handover needs are not what they were: anything may happen, but
         for the simulator falling over."""
         self.has_died = False
-        """A task died in the middle of a call, on this machine since it was switched on."""
+        """A task died in the middle of a call, on this machine since it was last reset."""
+        self.is_stuck = False
+        """It held ``luo_session_serialize_rwsem``: a kexec would wait for it for ever."""
         self.came: set[str] = set()
         """What tokens came with, from kernel to kernel: "ledger" where they had one."""
         self.symbols: set[str] = set()
@@ -253,6 +255,7 @@ class World:
     def _bury(self, step: Step) -> None:
         # Whatever the dead task was busy with is nobody's: no promise is left for it.
         self.cursed = self.has_died = True
+        self.is_stuck = self.is_stuck or self.kinds[step.kind].locks
         for name in step.args:
             item = self.items.get(name) if isinstance(name, str) else None
             if item is None:

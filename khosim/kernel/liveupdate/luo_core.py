@@ -180,15 +180,21 @@ class Luo:
             self.misc_registered = True
 
     def _finish_unwanted(self) -> None:
-        # No kernel has this yet: nobody can ever ask for the predecessor's sessions.
+        # No kernel has this yet: nobody can ever ask for the predecessor's sessions. Nor try again,
+        # so that what reads them must not fail for want of memory (__GFP_NOFAIL).
         release = self.kernel.release
         if not release.memfd or not self.sessions.incoming.active:
             return
         handler = MemfdLuoHandler(LAYOUTS[release.memfd])
         self.handlers = {handler.compatible: handler}
         self.flb.links[handler] = []
+        pages = self.kernel.pages
         try:
-            self.sessions.deserialize()
+            fail, pages.fail = pages.fail, None
+            try:
+                self.sessions.deserialize()
+            finally:
+                pages.fail = fail
             for session in list(self.sessions.incoming.sessions.values()):
                 session.retrieved = True
                 self.sessions.release(session)

@@ -1,0 +1,98 @@
+"""Programs at which the search once spoke without cause, on the fixed protocol: silent now."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+
+from khosim.errors import KernelError
+from khosim.explore.hazards import fixed
+from khosim.explore.kit import Stage, audit, failing
+from khosim.explore.search import replay
+from khosim.explore.world import Step
+
+LINE = "kho=on liveupdate=on"
+FIXED = fixed("7.3")
+BOOT = Step("boot", ('"64M"', LINE, FIXED))
+SESSION = Step("create_session", ("s0", "vm"))
+
+PROGRAMS = {
+    # liveupdate=off finishes the predecessor's sessions also where memory is short.
+    "sessions that nobody can ask for": (
+        BOOT,
+        Step("memfd", ("m0", 1, 2)),
+        SESSION,
+        Step("preserve_file", ("s0", "m0", 0)),
+        Step("kexec", ("kho=on",), 10, boot=True),
+    ),
+    # A file whose handler was not asked yet still waits, and may be busy.
+    "a busy token that was not asked for": (
+        BOOT,
+        Step("ledger", ("g0",)),
+        Step("token", ("k0", "finish")),
+        SESSION,
+        Step("preserve_file", ("s0", "k0", 0)),
+        Step("kexec", (LINE,)),
+        Step("ledger", ("g0",)),
+        Step("retrieve_session", ("s0", "vm")),
+        Step("retrieve_file", ("s0", "k0", 0, "token"), 1),
+        Step("close_unfinished", ("s0",)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_silent(name: str) -> None:
+    """The program is lawful, and nothing speaks."""
+    world = replay(PROGRAMS[name], FIXED)
+    assert world is not None
+    assert world.problems == []
+    assert [step.kind for step in world.steps] == [step.kind for step in PROGRAMS[name]]
+
+
+def test_nobody_puts_what_a_dead_task_was_putting() -> None:
+    """Whether it was put is not known: a program that puts it again is none that anyone means."""
+    steps = (
+        BOOT,
+        Step("ledger", ("g0",)),
+        Step("token", ("k0", "")),
+        SESSION,
+        Step("preserve_file", ("s0", "k0", 0)),
+        Step("get_outgoing", ("g0",)),
+        Step("close_session", ("s0",)),
+        Step("put_outgoing", ("g0",), 1, dies=True),
+    )
+    assert replay(steps, FIXED) is not None
+    assert replay((*steps, Step("put_outgoing", ("g0",))), FIXED) is None
+
+
+def test_nobody_kexecs_past_a_lock_of_the_dead() -> None:
+    """liveupdate_reboot waits for ever where a task died in a session's call; a reset helps."""
+    steps = (
+        BOOT,
+        Step("memfd_huge", ("m1", 2 << 20)),
+        SESSION,
+        Step("preserve_file", ("s0", "m1", 1)),
+        Step("close_session", ("s0",), 3, dies=True),
+    )
+    assert replay(steps, FIXED) is not None
+    assert replay((*steps, Step("kexec", (LINE,))), FIXED) is None
+    again = replay((*steps, Step("reset"), Step("kexec", (LINE,))), FIXED)
+    assert again is not None
+    assert again.problems == []
+
+
+@pytest.mark.parametrize("n", range(1, 15))
+def test_a_refused_retrieve_leaves_nothing(n: int) -> None:
+    """Whichever allocation fails while a memfd comes back, its pages are somebody's, or free."""
+    machine = Stage("64M")
+    kernel = machine.boot(FIXED, cmdline=LINE)
+    session = kernel.liveupdate.create_session("vm")
+    session.preserve(kernel.memfd("m", size=1, flags=2), 0)
+    kernel = kernel.kexec()
+    session = kernel.liveupdate.retrieve_session("vm")
+    with suppress(KernelError), failing(kernel, n):
+        session.retrieve(0).close()
+    session.close()
+    assert audit(machine, drained=True) == []
