@@ -10,6 +10,7 @@ from khosim import Machine
 from khosim.drivers.vmm import GUEST_BASE, Vmm, VmmPlan
 from khosim.kernel.kernel import Kernel
 from khosim.machine.devices import Bridge, Devices, Endpoint, Snp, Transfer, Vtd, at, every
+from khosim.machine.devices.walk import Extent
 
 NIC, GPU, PORT = "0000:3b:00.0", "0000:3c:00.0", "0000:00:01.0"
 PARTS = (
@@ -27,7 +28,7 @@ SECRET = VmmPlan("secret", encrypted=True)
 class Host:
     """A machine at the jump: a guest with two devices, an encrypted guest without any."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
         self.machine = Machine("256M", devices=PARTS)
         assert self.machine.hardware.devices is not None
         self.devices: Devices = self.machine.hardware.devices
@@ -50,6 +51,8 @@ class Host:
         assert self.vmm.hwpt is not None
         self.table = self.vmm.hwpt.domain.table
         self.root = self.vmm.drivers.iommu_of().unit.root
+        if silent:
+            self.devices.write_config(NIC, 4, 2, 2)
         self.machine.load_successor(self.kernel)
 
     def resume(self) -> Kernel:
@@ -137,7 +140,6 @@ def _detach(host: Host) -> None:
     ram.zero(contexts, 16, (9, "test"))
 
 
-
 def _take_a_page(host: Host) -> None:
     snp = host.devices.snp
     assert snp is not None
@@ -194,14 +196,33 @@ def test_interrupts_that_were_posted_before_the_jump_stay() -> None:
     assert "interrupt-kept" in spoke
 
 
-def test_dma_by_hand_to_an_address_of_nobody() -> None:
-    """Translation off and an address outside of its guest: somebody else's memory."""
+def test_dma_that_is_not_translated_any_more_is_told_once() -> None:
+    """Translation off and an address outside of its guest: the cause speaks, not what it hit."""
     host = Host()
     unit = host.devices.iommu
     assert unit is not None
     unit.write(0x18, 0)
     host.devices.dma(NIC, 16 << 20, 8, b"x" * 8)
-    assert "dma-in-owner" in host.spoke()
+    assert host.spoke() == {"translation-kept"}
+
+
+def test_dma_through_a_translation_that_was_forgotten_to_be_forgotten() -> None:
+    """Unit, entry and tables are as they were, and the IOTLB knows of a page that is not mapped."""
+    host = Host()
+    unit = host.devices.iommu
+    assert unit is not None
+    assert host.vmm.hwpt is not None
+    stale = Extent(1 << 20, (1 << 20) + 1, (64 << 20 >> 12) - (1 << 20), 3, 12)
+    unit.iotlb.fill(host.vmm.hwpt.domain.domain_id, [stale])
+    host.devices.dma(NIC, 1 << 32, 8, b"x" * 8)
+    assert host.spoke() == {"dma-in-owner"}
+
+
+def test_who_could_not_reach_the_bus_before_has_lost_no_interrupt() -> None:
+    """A device that was shut off before the jump and tries to interrupt after it."""
+    host = Host(silent=True)
+    assert host.devices.pci.named(NIC).msix(0) == "disabled"
+    assert host.spoke() == set()
 
 
 def test_a_device_that_writes_to_another_guest() -> None:

@@ -271,8 +271,11 @@ class Kimage:
             for (_, dst, _), content in zip(pieces, contents, strict=True):
                 kernel.ram.write(dst, content, by)
         else:
+            tells = kernel.trace is not None and kernel.hardware.devices is not None
             for src, dst, size in pieces:
                 kernel.ram.copy(src, dst, size, by)
+                if tells:  # devices act in between
+                    kernel.emit("relocate_kernel", {"src": src, "dst": dst, "size": size}, None)
         for _, dst, size in zeros:
             kernel.ram.zero(dst, size, by)
 

@@ -3,7 +3,9 @@
 What is asked is whether each is left alone from the jump until its session is finished in a later
 kernel (:mod:`khosim.checks.device_watch`). One cause has one speaker: a device that was reset, or
 that is another requester now, is not asked about its translation, its DMA and its interrupts; a DMA
-that was not translated as before is not asked whose memory it hit.
+that was not translated as before is not asked whose memory it hit, nor one to an address of nobody
+where the translation is not what it was; and who could not reach the bus before the jump either has
+lost no interrupt by it.
 
 A DMA is judged by who owned its page at the next look, so memory that changed hands and came back
 between two looks is not noticed. Before the first jump nothing is judged.
@@ -30,7 +32,7 @@ __all__ = ("INVARIANTS",)
 
 _LOST = ("blocked", "disabled", "unclaimed", "discarded")
 _PIR_BYTES = 32
-_USES_BUS = 0x06
+_USES_BUS, _MASTER = 0x06, 0x04
 
 
 def _watched(look: Look) -> Iterator[tuple[DeviceWatch, KeptDevice, Any]]:
@@ -89,7 +91,7 @@ def _dma_in_owner(look: Look) -> Sequence[Violation]:
     found: dict[str, Violation] = {}
     shift = look.page_shift
     belonging = _belonging(look)
-    for _, device, function in _watched(look):
+    for watch, device, function in _watched(look):
         if not _is_itself(device, function):
             continue
         pages: set[int] = set()
@@ -98,6 +100,8 @@ def _dma_in_owner(look: Look) -> Sequence[Violation]:
                 continue
             wanted = device.target(dma.iova, dma.len_bytes)
             if wanted is None:
+                if device.top and _not_as_it_was(look, watch, device):
+                    continue
                 text = f"{device.name} reached {dma.runs[0][0]:#x}, which nobody mapped for it"
                 found[text] = look.says(name, text, dma.runs[0][0])
             elif list(dma.runs) == wanted:
@@ -145,25 +149,29 @@ def _guest_bytes(look: Look) -> Sequence[Violation]:
 # -- translation ----------------------------------------------------------------------------------
 
 
+def _not_as_it_was(look: Look, watch: DeviceWatch, device: KeptDevice) -> str:
+    # What is different about unit, entry or tables; "" where nothing is.
+    unit = getattr(look.hardware.devices, "iommu", None)
+    if unit is None or not unit.translates:
+        return f"{device.name} is not translated any more: the unit is off"
+    if watch.context_now(look.hardware, device) != device.context:
+        return f"the context entry of {device.name} is not what it was"
+    kept = watch.tables[device.top]
+    pages = kept.changed(kept.ranges)
+    if pages:
+        at = pages[0] << look.page_shift
+        return f"the page table of {device.name} changed at {at:#x}"
+    return ""
+
+
 def _translation_kept(look: Look) -> Sequence[Violation]:
     name = "translation-kept"
     found: dict[str, Violation] = {}
     dmas = _dmas(look)
-    unit = getattr(look.hardware.devices, "iommu", None)
     for watch, device, function in _watched(look):
         if not _is_itself(device, function) or not device.top:
             continue
-        text = ""
-        if unit is None or not unit.translates:
-            text = f"{device.name} is not translated any more: the unit is off"
-        elif watch.context_now(look.hardware, device) != device.context:
-            text = f"the context entry of {device.name} is not what it was"
-        else:
-            kept = watch.tables[device.top]
-            pages = kept.changed(kept.ranges)
-            if pages:
-                at = pages[0] << look.page_shift
-                text = f"the page table of {device.name} changed at {at:#x}"
+        text = _not_as_it_was(look, watch, device)
         for dma in dmas.get(device.name, ()):
             if text or dma.outcome in ("master-abort", "no-power"):
                 continue
@@ -244,6 +252,8 @@ def _interrupt_kept(look: Look) -> Sequence[Violation]:
     interrupts = _events(look, "interrupt")
     for _, device, function in _watched(look):
         if not _is_itself(device, function) or not getattr(unit, "translates", True):
+            continue
+        if not device.command & _MASTER:
             continue
         lost = [
             event.detail["outcome"]
