@@ -41,7 +41,8 @@ MAY_USE: dict[str, set[str]] = {
     "blackout": BASE | {"kernel", "scenario"},
     "bugs": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator"},
     "faults": BASE | {"machine", "abi", "kernel", "checks"},
-    "explore": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "faults"},
+    "explore": BASE
+    | {"machine", "abi", "kernel", "drivers", "checks", "capture", "simulator", "faults"},
     "testing": BASE | {"machine", "abi", "kernel", "checks", "capture", "simulator", "faults"},
     "view": BASE
     | {"machine", "abi", "kernel", "checks", "capture", "simulator", "scenario", "matrix", "bugs"}

@@ -54,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--runs", metavar="N", help=f"how many programs to run (default {_RUNS})")
     add("--seconds", metavar="S", help="how long to go on, instead of --runs")
     add("--exhaustive", metavar="DEPTH", help="every program of that many steps, not random ones")
+    add("--without", metavar="PIECE", action="append", help="of a host: leave that piece out")
     add("--engine", metavar="E", default="plain", help="who draws programs: plain or hypothesis")
     add("--jobs", metavar="N", default="1", help="how many processes do the work (default 1)")
     add("--cluster", metavar="ADDRESS", help="a Dask scheduler, or local:N, that does the work")
@@ -68,15 +69,21 @@ def run(args: argparse.Namespace) -> int:
     from khosim.explore.campaign import Campaign
     from khosim.explore.engine import hypothesis_version
     from khosim.explore.hazards import fixed
+    from khosim.explore.hosts import HOSTS
     from khosim.explore.search import SCENARIOS
     from khosim.explore.work import Spec
     from khosim.kernel.release import find_release
 
     if args.list:
         print("\n".join(f"{name:<12} {', '.join(groups)}" for name, groups in SCENARIOS.items()))
+        print("\n".join(f"{name}: {host.about}" for name, host in HOSTS.items()))
         return 0
+    if args.scenario in HOSTS:
+        return _explore_host(args)
+    if args.without:
+        raise InputError("--without", f"only for {' and '.join(HOSTS)}")
     if args.scenario not in SCENARIOS:
-        known = ", ".join(SCENARIOS)
+        known = ", ".join((*SCENARIOS, *HOSTS))
         raise InputError("SCENARIO", f"{args.scenario!r} is not one of {known}")
     if args.runs is not None and args.seconds is not None:
         raise InputError("--seconds", "not together with --runs")
@@ -115,6 +122,33 @@ def run(args: argparse.Namespace) -> int:
         else:
             campaign.run(runs=runs, seconds=seconds)
     return _tell(campaign, as_json=args.json, covers=args.coverage)
+
+
+def _explore_host(args: argparse.Namespace) -> int:
+    # Devices between the events of a live update, instead of programs.
+    from khosim.cli import explore_hosts as hosts
+    from khosim.cli.explore_progress import shown
+    from khosim.explore.interleave import DEPTH_MAX, nr_plans
+    from khosim.explore.work import Spec
+
+    hosts.check_options(args)
+    if args.seconds is not None:
+        raise InputError("--seconds", f"not for {args.scenario}; --runs says how many")
+    if args.runs is not None and args.exhaustive is not None:
+        raise InputError("--exhaustive", "not together with --runs")
+    seed = str(_number("--seed", args.seed, 0))
+    jobs = _number("--jobs", args.jobs, 1, _JOBS_MAX)
+    depth = 0
+    if args.exhaustive is not None:
+        depth = _number("--exhaustive", args.exhaustive, 1, DEPTH_MAX)
+    runs = _number("--runs", args.runs or str(_RUNS), 1)
+    model = hosts.model_of(args)
+    total = nr_plans(model, depth) if depth else runs
+    with shown(total, None) as bar, _stopping() as stops:
+        crew = _crew(Spec(args.scenario, args.release, seed), jobs, None, bar)
+        search = hosts.Hosts(model, seed, crew, depth)
+        search.run(hosts.counter(total), stops, bar.show)
+    return hosts.tell(search, as_json=args.json)
 
 
 def _crew(spec: Spec, jobs: int, cluster: str | None, bar: Bar) -> Crew:

@@ -8,17 +8,27 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from khosim.explore.campaign import Campaign
+    from collections.abc import Iterator, Sequence
 
 __all__ = ("Bar", "shown")
+
+
+class Search(Protocol):
+    """What a bar tells of."""
+
+    @property
+    def done(self) -> int:
+        """What was run so far."""
+
+    @property
+    def findings(self) -> Sequence[object]:
+        """What was found so far."""
 
 
 class Bar(Protocol):
     """Shows progress."""
 
-    def show(self, campaign: Campaign) -> None:
+    def show(self, campaign: Search) -> None:
         """Something was done."""
 
     def say(self, line: str) -> None:
@@ -28,7 +38,7 @@ class Bar(Protocol):
 class _Silent:
     """Nobody looks; lines are for a log."""
 
-    def show(self, campaign: Campaign) -> None:
+    def show(self, campaign: Search) -> None:
         """See :meth:`Bar.show`."""
 
     def say(self, line: str) -> None:
@@ -46,7 +56,7 @@ class _Rich:
         self._begin = time.monotonic()
         self._first: int | None = None
 
-    def show(self, campaign: Campaign) -> None:
+    def show(self, campaign: Search) -> None:
         """See :meth:`Bar.show`."""
         passed = time.monotonic() - self._begin
         done = campaign.done

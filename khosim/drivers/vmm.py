@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.memfd import Memfd
 
-__all__ = ("GUEST_BASE", "Vmm", "VmmPlan", "drivers_of")
+__all__ = ("GUEST_BASE", "Vmm", "VmmPlan", "drivers_of", "piece_of")
 
 GUEST_BASE = 1 << 40
 """Where guests have their memory unless told otherwise: above the memory of small hosts.
@@ -35,6 +35,17 @@ So a device whose requests nobody translates any more hits nothing.
 _UINT_MAX = (1 << 32) - 1
 _HWPT_TOKEN = 1
 _VECTOR = 0x40
+
+
+_PIECE_OF = {"memory": "guest-memory", "iommufd": "iommu", "vm": "kvm"}
+
+
+def piece_of(part: str) -> str:
+    """The piece of live update that carries a file of :meth:`Vmm.files`, by its name there.
+
+    vCPUs go with the machine, devices are "vfio".
+    """
+    return _PIECE_OF.get(part, "kvm" if part.startswith("vcpu") else "vfio")
 
 
 class VmmPlan(NamedTuple):

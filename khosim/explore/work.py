@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from khosim.explore import interleave
 from khosim.explore.coverage import Reached, watching
 from khosim.explore.engine import drawn_by_hypothesis
 from khosim.explore.exhaust import expand, keep_of, kinds_of
@@ -158,6 +159,8 @@ def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
         if shrunk is None:
             return None
         return (*shrunk, silencers(shrunk[0], cause, spec.release, tick))
+    if task.name == "interleave":
+        return interleave.carry_out(task.args[0], tick)
     assert task.name == "expand"
     kinds, keep = kinds_of(spec.scenario), keep_of(spec.scenario)
     found = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from khosim.drivers.vmm import Vmm, VmmPlan
+from khosim.drivers.vmm import Vmm, VmmPlan, piece_of
 from khosim.errors import KernelError
 from khosim.scenario.files import Carried, Guest
 
@@ -17,16 +17,7 @@ if TYPE_CHECKING:
     from khosim.scenario.agent import SessionNote
     from khosim.scenario.play import Player
 
-__all__ = ("PIECE_OF", "VmNote", "VmPart", "piece_of")
-
-PIECE_OF = {"memory": "guest-memory", "iommufd": "iommu", "vm": "kvm"}
-"""Which piece of live update carries which of a guest's files; vCPUs go with the machine."""
-
-
-def piece_of(part: str) -> str:
-    """The piece that carries a file of :meth:`Vmm.files`, by its name there; "vfio" for devices."""
-    return PIECE_OF.get(part, "kvm" if part.startswith("vcpu") else "vfio")
-
+__all__ = ("VmNote", "VmPart")
 
 class VmPart(Carried):
     """A file of a guest besides its memory: ``part`` as :meth:`Vmm.files` names it."""
