@@ -20,6 +20,7 @@ HOSTS = ("cloud-host", "cloud-host-4k", "kho-host")
 NEWER = "6.19, 7.0, 7.1, 7.2, 7.3"
 DEVICES = {
     "cloud-host-devices": 16,
+    "devices-amd": 9,
     "devices-misbehave": 8,
     "devices-no-driver": 5,
     "devices-refused-freeze": 6,

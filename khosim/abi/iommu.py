@@ -5,8 +5,9 @@ preservation" v2 to v5 (no release has it), packed, little-endian. :class:`Iommu
 three chains of pages, one for each kind of object: a header of u64 ``next_array_phys`` and u64
 ``nr_objects``, then objects.
 
-Two things are khosim's own, for no series has them yet: the interrupt remapping table of a unit
-(``irta``), and the compatible string that says so.
+Three things are khosim's own, for no series has them yet: the interrupt remapping table of a unit
+(``irta``), the compatible string that says so, and the type of AMD's units, whose root table is
+what their device table base register held.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import struct
 
 __all__ = (
+    "IOMMU_AMD",
     "IOMMU_ARRAY_HDR_BYTES",
     "IOMMU_DEVICE_SER_BYTES",
     "IOMMU_DOMAIN_SER_BYTES",
@@ -30,7 +32,7 @@ __all__ = (
 )
 
 IOMMU_LUO_FLB_COMPATIBLE = "iommu-liveupdate-v1-irta"
-IOMMU_INTEL = 1
+IOMMU_INTEL, IOMMU_AMD = 1, 2
 IOMMU_SER_FLAG_DELETED = 1
 
 _FLB = struct.Struct("<QQQ")
@@ -120,7 +122,7 @@ class IommuDeviceSer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class IommuHwSer:
-    """``struct iommu_hw_ser`` of a VT-d unit; ``token`` and ``phys_addr`` are its register base.
+    """``struct iommu_hw_ser`` of a unit; ``token`` and ``phys_addr`` are its register base.
 
     Bit ``bus * 2`` of ``context_tables`` says that the context table of the bus is preserved.
     """

@@ -5,8 +5,6 @@ device is among the buses, which memory of whose guest its I/O addresses stand f
 not by the tables), the tables themselves, what waits in posted-interrupt descriptors, who owns
 which page by the reverse map table. A device stays watched until its session is finished in a later
 kernel.
-
-Tables are decoded here, from RAM, by the layouts of VT-d's specification (legacy mode).
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from khosim.checks.iommu_tables import frames_of, look_up, tables_of, top_of
 from khosim.checks.keepsake import Keepsake
 from khosim.checks.live_files import outgoing_files
 from khosim.checks.ranges import merged
@@ -22,14 +21,13 @@ from khosim.checks.ranges import merged
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from khosim.checks.iommu_tables import Tables
     from khosim.checks.kernel_view import KernelView
     from khosim.checks.ranges import Ranges
     from khosim.machine.hardware import Hardware
 
 __all__ = ("DeviceWatch", "KeptDevice", "KeptGuest", "KeptVcpu", "pages_of")
 
-_ADDRESS = (1 << 52) - 4096
-_LARGE = 1 << 7
 _PIR_BYTES = 32
 _COMMAND, _USES_BUS = 0x04, 0x06
 
@@ -156,14 +154,15 @@ class DeviceWatch:
         if function is None or file.iommufd is None:
             return
         ram, shift = hardware.ram, hardware.page_shift
-        entry = self._context(ram, rid)
-        top = int.from_bytes(entry[:8], "little") & _ADDRESS
+        form = tables_of(machine.iommu)
+        entry = form.entry(hardware, self.root, rid)
+        top = top_of(entry)
         if top and top not in self.tables:
-            tables = merged(*(_frames(_tables(ram, top, 3), shift),))
+            tables = merged(_frames(frames_of(form, ram, top), shift))
             self.tables[top] = Keepsake(ram, tables, hardware.page_size)
         known = before.devices.get(function.name) if before is not None else None
         if file.iommufd.mappings or known is None:
-            targets = self._bars(ram, top, file.iommufd)
+            targets = self._bars(form, ram, top, file.iommufd)
             memory = tuple(_memory(file.iommufd, targets, shift))
             runs = [run for it in file.iommufd.mappings for run in it.pinned]
             pages = pages_of(runs)
@@ -183,23 +182,14 @@ class DeviceWatch:
         )
 
     @staticmethod
-    def _bars(ram: Any, top: int, iommufd: Any) -> dict[int, int]:
+    def _bars(form: Tables, ram: Any, top: int, iommufd: Any) -> dict[int, int]:
         # A mapping of a BAR has no file: what the table says of its first page, at the jump.
         found = {}
         for mapping in iommufd.mappings:
             if mapping.memfd is None:
-                phys = _walk(ram, top, mapping.iova)
+                phys = look_up(form, ram, top, mapping.iova)
                 if phys is not None:
                     found[mapping.iova] = phys
-        return found
-
-    def _context(self, ram: Any, rid: int) -> bytes:
-        if not self.root:
-            return bytes(16)
-        entry = ram.read_u64(self.root + (rid >> 8) * 16)
-        if not entry & 1:
-            return bytes(16)
-        found: bytes = ram.read((entry & _ADDRESS) + (rid & 0xFF) * 16, 16)
         return found
 
     def _take_guest(self, hardware: Hardware, vm: Any, session: str, is_carried: bool) -> None:
@@ -234,12 +224,7 @@ class DeviceWatch:
         machine = hardware.devices
         assert machine is not None
         root = getattr(machine.iommu, "root_phys", 0)
-        ram = hardware.ram
-        if not root or not hardware.is_ram(root, 4096):
-            return bytes(16)
-        entry = ram.read_u64(root + (device.rid >> 8) * 16)
-        at = (entry & _ADDRESS) + (device.rid & 0xFF) * 16
-        return ram.read(at, 16) if entry & 1 and hardware.is_ram(at, 16) else bytes(16)
+        return tables_of(machine.iommu).entry(hardware, root, device.rid)
 
 
 def assigned_to(machine: Any, asid: int) -> list[tuple[int, int, str, int]]:
@@ -254,27 +239,3 @@ def assigned_to(machine: Any, asid: int) -> list[tuple[int, int, str, int]]:
 def _frames(tables: Iterable[int], shift: int) -> Ranges:
     pages = np.array(sorted(phys >> shift for phys in tables), dtype=np.int64)
     return pages, pages + 1
-
-
-def _tables(ram: Any, table: int, level: int) -> Iterator[int]:
-    # A page table and all below it: second-stage entries, 512 to a table.
-    yield table
-    if not level:
-        return
-    entries = np.frombuffer(ram.read(table, 4096), dtype=np.uint64)
-    for entry in entries[entries != 0].tolist():
-        if not entry & _LARGE:
-            yield from _tables(ram, entry & _ADDRESS, level - 1)
-
-
-def _walk(ram: Any, top: int, iova: int) -> int | None:
-    at = top
-    for bits in (39, 30, 21, 12):
-        entry = ram.read_u64(at + 8 * (iova >> bits & 511))
-        if not entry & 3:
-            return None
-        at = entry & _ADDRESS
-        if bits == 12 or entry & _LARGE:
-            found: int = at + (iova & (1 << bits) - 1)
-            return found
-    return None

@@ -1,6 +1,6 @@
 """All drivers of one kernel: brought up in the order of its initcalls, shut down before it leaves.
 
-Models the order of ``drivers/`` @ 7.3: PCI is scanned in a subsys_initcall, VT-d comes up in a
+Models the order of ``drivers/`` @ 7.3: PCI is scanned in a subsys_initcall, the IOMMU comes up in a
 rootfs_initcall, the rest are modules of device_initcall level; at a kexec ``device_shutdown`` comes
 before ``machine_shutdown``, where the IOMMU is turned off. ``KernelConfig.without`` names the
 pieces of live update that a kernel is built without (:data:`PIECES`): it treats those devices as
@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from khosim.drivers.amd_iommu import AmdIommu
 from khosim.drivers.iommu_core import IommuCore, IommuFlb
 from khosim.drivers.iommufd import IommufdHandler
 from khosim.drivers.kvm import Kvm
@@ -22,9 +23,11 @@ from khosim.drivers.sev import Sev, SnpFlb
 from khosim.drivers.vfio_pci import VfioPci, VfioPciHandler
 from khosim.drivers.vtd import IntelIommu
 from khosim.errors import InputError, KernelError
+from khosim.machine.devices.amd import AmdUnit
 from khosim.machine.devices.vtd_registers import VtdUnit
 
 if TYPE_CHECKING:
+    from khosim.drivers.iommu_unit import IommuUnit
     from khosim.kernel.kernel import Kernel
 
 __all__ = ("PIECES", "Drivers", "check_pieces", "initcall")
@@ -73,8 +76,12 @@ class Drivers:
         self.iommu: IommuCore | None = None
         self.vfio: VfioPci | None = None
         self.sev: Sev | None = None
-        if isinstance(devices.iommu, VtdUnit):  # no driver for any other
+        unit: IommuUnit | None = None
+        if isinstance(devices.iommu, VtdUnit):
             unit = IntelIommu(kernel, devices, devices.iommu.base)
+        elif isinstance(devices.iommu, AmdUnit):
+            unit = AmdIommu(kernel, devices, devices.iommu.base)
+        if unit is not None:
             self.iommu = IommuCore(kernel, unit, IommuFlb() if has("iommu") else None)
             self.vfio = VfioPci(kernel, self.pci, self.iommu)
         if devices.snp is not None:
@@ -99,7 +106,7 @@ class Drivers:
             self.pci.scan()
         elif level == "rootfs":
             if self.iommu is not None:
-                self.iommu.init()
+                self.iommu.init(max((dev.bdf.rid for dev in self.pci.devs), default=0))
         elif level == "device":
             if self.sev is not None:
                 self.sev.init()

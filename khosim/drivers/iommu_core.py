@@ -21,7 +21,6 @@ from khosim.abi.iommu import (
     IOMMU_DOMAIN_SER_BYTES,
     IOMMU_FLB_SER_BYTES,
     IOMMU_HW_SER_BYTES,
-    IOMMU_INTEL,
     IOMMU_LUO_FLB_COMPATIBLE,
     IommuDeviceSer,
     IommuDomainSer,
@@ -30,12 +29,12 @@ from khosim.abi.iommu import (
 )
 from khosim.drivers.iommu_arrays import ObjectArray
 from khosim.drivers.page_table import LEVELS, PageTable
-from khosim.drivers.vtd import IntelIommu
 from khosim.errors import KernelError
 from khosim.kernel.liveupdate.flb_ops import Flb, LiveupdateFlbOpArgs
 from khosim.kernel.page import Folio
 
 if TYPE_CHECKING:
+    from khosim.drivers.iommu_unit import IommuUnit
     from khosim.drivers.pci_core import PciDev
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.liveupdate.file_ops import FileHandler
@@ -152,7 +151,7 @@ class IommuCore:
 
     __slots__ = ("_buses", "_hw", "flb", "incoming", "kernel", "preserved", "unit")
 
-    def __init__(self, kernel: Kernel, unit: IntelIommu, flb: IommuFlb | None) -> None:
+    def __init__(self, kernel: Kernel, unit: IommuUnit, flb: IommuFlb | None) -> None:
         self.kernel = kernel
         self.unit = unit
         self.flb = flb
@@ -163,25 +162,28 @@ class IommuCore:
 
     # -- boot and end ---------------------------------------------------------------------------
 
-    def init(self) -> None:
-        """``intel_iommu_init``: bring the unit up, with the predecessor's tables if they came."""
+    def init(self, last_bdf: int) -> None:
+        """``intel_iommu_init``, ``amd_iommu_init``: bring the unit up.
+
+        With the predecessor's tables if they came; ``last_bdf`` is the last requester id.
+        """
         arrays = self._incoming()
         if arrays is None:
-            self.unit.init_dmars()
+            self.unit.bring_up(last_bdf)
             return
         for entry in arrays.units.entries():
             ser = IommuHwSer.unpack(arrays.units.read(entry))
-            if ser.type == IOMMU_INTEL and ser.token == self.unit.base:
+            if ser.type == self.unit.type and ser.token == self.unit.base:
                 break
         else:
             self._put_incoming()
-            self.unit.init_dmars()
+            self.unit.bring_up(last_bdf)
             return
         devices = [
             IommuDeviceSer.unpack(arrays.devices.read(at)) for at in arrays.devices.entries()
         ]
         used = {device.attachment_id for device in devices}
-        self.unit.init_dmars(root=ser.root_table, irta=ser.irta, domain_ids=used)
+        self.unit.bring_up(last_bdf, root=ser.root_table, irta=ser.irta, domain_ids=used)
         self.unit.restore_tables()
         domains: dict[int, IommuDomain] = {}
         for device in devices:
@@ -195,7 +197,7 @@ class IommuCore:
     def _restore_domain(self, arrays: _Arrays, device: IommuDeviceSer) -> IommuDomain:
         # iommu_restore_domain: rebuilt around the table that is in use.
         ser = IommuDomainSer.unpack(arrays.domains.read(device.domain_phys))
-        table = PageTable(self.kernel, ser.top_table_phys)
+        table = PageTable(self.kernel, ser.top_table_phys, format=self.unit.format)
         table.restore()
         domain = IommuDomain(table, device.attachment_id)
         domain.incoming = device.domain_phys
@@ -205,14 +207,15 @@ class IommuCore:
         return domain
 
     def shutdown(self) -> None:
-        """``iommu_shutdown_noirq``: see :meth:`IntelIommu.shutdown`."""
+        """``iommu_shutdown_noirq``: see :meth:`IommuUnit.shutdown`."""
         self.unit.shutdown(set(self.preserved) if self.preserved else None, self._buses)
 
     # -- domains --------------------------------------------------------------------------------
 
     def alloc_domain(self) -> IommuDomain:
         """``iommu_paging_domain_alloc``; raises -ENOMEM."""
-        return IommuDomain(PageTable(self.kernel), self.unit.alloc_domain_id())
+        table = PageTable(self.kernel, format=self.unit.format)
+        return IommuDomain(table, self.unit.alloc_domain_id())
 
     def free_domain(self, domain: IommuDomain) -> None:
         """``iommu_domain_free``: nobody is attached any more."""
@@ -323,18 +326,19 @@ class IommuCore:
         # iommu_preserve_locked and preserve_context_table: the unit's tables with the first
         # function, the table of each bus with the first one there; a count for each function.
         old = IommuHwSer.unpack(arrays.units.read(self._hw)) if self._hw else None
-        tables = [] if old else [self.unit.root, self.unit.irq_table]
+        unit = self.unit
+        tables = [] if old else unit.unit_tables()
         if bus not in self._buses:
-            tables.append(self.unit.context_table(bus))
-        done: list[int] = []
+            tables += unit.bus_tables(bus)
+        done: list[tuple[int, int]] = []
         try:
-            for phys in tables:
-                self._preserve(phys)
-                done.append(phys)
+            for table in tables:
+                self.kernel.kho_preserve_folio(self._folio(*table))
+                done.append(table)
             if old is None:
-                base = self.unit.base
+                base = unit.base
                 old = IommuHwSer(
-                    0, 0, base, IOMMU_INTEL, 0, base, self.unit.root, bytes(64), self.unit.irq_table
+                    0, 0, base, unit.type, 0, base, unit.root_value, bytes(64), unit.irq_table
                 )
                 self._hw = arrays.units.add(old.pack())
         except KernelError:
@@ -355,20 +359,20 @@ class IommuCore:
         if old.ref_count > 1:
             self._write_unit(arrays, old, old.ref_count - 1)
             return
-        tables = [self.unit.root, self.unit.irq_table]
-        self._unpreserve(tables + [self.unit.context_table(bus) for bus in sorted(self._buses)])
+        tables = self.unit.unit_tables()
+        for bus in sorted(self._buses):
+            tables += self.unit.bus_tables(bus)
+        self._unpreserve(tables)
         arrays.units.delete(self._hw)
         self._hw = 0
         self._buses.clear()
 
-    def _preserve(self, phys: int) -> None:
-        kernel = self.kernel
-        kernel.kho_preserve_folio(Folio(kernel, phys >> kernel.arch.page_shift, 0))
+    def _folio(self, phys: int, order: int) -> Folio:
+        return Folio(self.kernel, phys >> self.kernel.arch.page_shift, order)
 
-    def _unpreserve(self, tables: list[int]) -> None:
-        kernel = self.kernel
-        for phys in tables:
-            kernel.kho_unpreserve_folio(Folio(kernel, phys >> kernel.arch.page_shift, 0))
+    def _unpreserve(self, tables: list[tuple[int, int]]) -> None:
+        for table in tables:
+            self.kernel.kho_unpreserve_folio(self._folio(*table))
 
     # -- live update, new kernel ----------------------------------------------------------------
 

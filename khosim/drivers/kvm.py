@@ -233,6 +233,12 @@ class VcpuFile(File):
         new = old & _ON | POSTED_INTR_VECTOR << 16 | (0 if running else _SN)
         kernel.ram.write_u64(self.pi_desc + _CONTROL, new, kernel.by("vmx_vcpu_pi_load"))
 
+    def inject(self, vector: int) -> None:
+        """``KVM_SIGNAL_MSI``: an interrupt of user space waits for the vCPU."""
+        kernel, word = self.kernel, self.pi_desc + vector // 64 * 8
+        value = kernel.ram.read_u64(word) | 1 << vector % 64
+        kernel.ram.write_u64(word, value, kernel.by("vmx_deliver_interrupt"))
+
     def sync_pir(self) -> list[int]:
         """``vmx_sync_pir_to_irr``: the vectors that were posted, which the guest takes now."""
         kernel = self.kernel

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ("VfioDeviceFile", "VfioPci", "VfioPciHandler")
 
 _MSIX_CTL, _MSIX_ENABLE = 0x52, 1 << 15
+_MSI_BASE = 0xFEE0_0000
+_FIRST_VECTOR, _NR_VECTORS = 0x31, 0xBB
 
 
 class VfioDeviceFile(File):
@@ -51,7 +53,7 @@ class VfioDeviceFile(File):
         self.iommufd: IommufdFile | None = None
         self.hwpt: Hwpt | None = None
         self.irqs: dict[int, int] = {}
-        """Interrupt remapping entries by MSI-X entry."""
+        """Interrupt remapping entries by MSI-X entry, or vectors where there is no remapping."""
         self.is_frozen = False
         self.refuses_freeze = 0
 
@@ -96,15 +98,21 @@ class VfioDeviceFile(File):
     def set_irq(self, entry: int, pi_desc: int, vector: int) -> None:
         """``VFIO_DEVICE_SET_IRQS`` with a KVM irqfd: MSI-X ``entry`` is posted to a vCPU.
 
-        The table entry is written in remappable format, and MSI-X turned on. Raises -ENOSPC.
+        The table entry is written in remappable format, and MSI-X turned on; on a unit that posts
+        nothing it goes to a vector of the host's CPU. Raises -ENOSPC.
         """
         self._check_thawed()
         if self.iommufd is None:
             raise KernelError(errno.EINVAL, "vfio_pci_set_irqs_ioctl", f"{self!r} is not attached")
         unit, dev, vfio = self.iommufd.core.unit, self.dev, self.vfio
+        if not unit.posts_interrupts:
+            self.irqs[entry] = vfio.host_vector(dev, entry)
+            vfio.write_msix(dev, entry, _MSI_BASE, self.irqs[entry])
+            return
         index = unit.post_interrupt(dev.bdf.rid, pi_desc, vector, self.irqs.get(entry))
         self.irqs[entry] = index
-        vfio.write_msix(dev, entry, index)
+        address = _MSI_BASE | 1 << 4 | (index & 0x7FFF) << 5 | (index >> 15) << 2
+        vfio.write_msix(dev, entry, address, 0)
 
     def _check_thawed(self) -> None:
         self.check_open()
@@ -177,18 +185,21 @@ class VfioPci:
                 found[entry] = address >> 5 & 0x7FFF | (address >> 2 & 1) << 15
         return found
 
-    def write_msix(self, dev: PciDev, entry: int, index: int) -> None:
-        """``pci_write_msg_msix``: the message for an entry of the interrupt remapping table."""
+    def host_vector(self, dev: PciDev, entry: int) -> int:
+        """``irq_matrix_alloc``: a vector of the host for an entry of a function."""
+        return _FIRST_VECTOR + (8 * self.pci.devs.index(dev) + entry) % _NR_VECTORS
+
+    def write_msix(self, dev: PciDev, entry: int, address: int, data: int) -> None:
+        """``pci_write_msg_msix``: the message of an entry, and MSI-X on."""
         devices = self.pci.devices
         table = self.msix_table(dev) + 16 * entry
-        address = 0xFEE0_0000 | 1 << 4 | (index & 0x7FFF) << 5 | (index >> 15) << 2
-        for offset, value in ((0, address), (4, 0), (8, 0), (12, 0)):
+        for offset, value in ((0, address), (4, 0), (8, data), (12, 0)):
             devices.mmio_write(table + offset, value)
         control = self.pci.read(dev, _MSIX_CTL, 2)
         if not control & _MSIX_ENABLE:
             self.pci.write(dev, _MSIX_CTL, control | _MSIX_ENABLE, 2)
         if self.kernel.trace is not None:
-            args = {"bdf": str(dev.bdf), "entry": entry, "index": index}
+            args = {"bdf": str(dev.bdf), "entry": entry, "address": address}
             self.kernel.emit("pci_write_msg_msix", args, None)
 
 

@@ -189,8 +189,19 @@ class Vmm:
         self.vm.set_memory(self.plan.gpa, self.memfd)
         for vcpu in self.vcpus:
             vcpu.bind(self.vm)
+        self._reroute()
+        for vcpu in self.vcpus:
             vcpu.sync_pir()
             vcpu.run()
+
+    def _reroute(self) -> None:
+        # Where messages went to a CPU, what it held was the old kernel's: a spurious interrupt of
+        # each device makes up for it, as VFIO's proposal asks of a VMM.
+        for number, device in enumerate(self.devices.values()):
+            iommufd = device.iommufd
+            if iommufd is not None and not iommufd.core.unit.posts_interrupts:
+                device.set_irq(0, self.vcpus[0].pi_desc, _VECTOR + number)
+                self.vcpus[0].inject(_VECTOR + number)
 
     def taken(self) -> Sequence[int]:
         """Vectors that wait for its vCPUs; they have been taken now."""

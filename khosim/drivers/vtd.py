@@ -18,6 +18,7 @@ import errno
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from khosim.abi.iommu import IOMMU_INTEL
 from khosim.abi.vtd import (
     CONTEXT_ENTRY_BYTES,
     IRTE_BYTES,
@@ -28,6 +29,7 @@ from khosim.abi.vtd import (
     posted_irte,
     root_entry,
 )
+from khosim.drivers.page_table import LEVELS, VTD_FORMAT
 from khosim.errors import KernelError, KernelPanic
 from khosim.kernel.page import Folio
 
@@ -44,7 +46,6 @@ _CONTEXT, _IOTLB, _IEC, _GLOBAL, _BY_DOMAIN, _BY_DEVICE = 1, 2, 4, 1 << 4, 2 << 
 _IRTA_BITS = 7  # 2 ** (7 + 1) entries
 _NR_IRTES = 256
 _FIRST_DOMAIN_ID = 1
-_LEVELS = 4
 
 
 class IntelIommu:
@@ -52,6 +53,10 @@ class IntelIommu:
 
     ``domain_ids`` are those in use; ``irtes`` tells which entries of the interrupt table are.
     """
+
+    type = IOMMU_INTEL
+    format = VTD_FORMAT
+    posts_interrupts = True
 
     __slots__ = (
         "_queue",
@@ -101,10 +106,15 @@ class IntelIommu:
 
     # -- coming up ------------------------------------------------------------------------------
 
-    def init_dmars(
-        self, *, root: int = 0, irta: int = 0, domain_ids: set[int] | None = None
+    @property
+    def root_value(self) -> int:
+        """What the root table address register holds, in legacy mode."""
+        return self.root
+
+    def bring_up(
+        self, last_bdf: int, *, root: int = 0, irta: int = 0, domain_ids: set[int] | None = None
     ) -> None:
-        """``init_dmars`` and ``intel_setup_irq_remapping``.
+        """``init_dmars`` and ``intel_setup_irq_remapping``; ``last_bdf`` is of no concern.
 
         ``root`` and ``irta`` are tables that the predecessor preserved, ``domain_ids`` those that
         stand in them: then translation goes on all the while. Else it is turned off where it was
@@ -184,7 +194,7 @@ class IntelIommu:
         at = contexts + (rid & 0xFF) * CONTEXT_ENTRY_BYTES
         if is_present(kernel.ram.read_u64(at)):
             raise KernelError(errno.EBUSY, "domain_context_mapping_one", f"requester {rid:#x}")
-        kernel.ram.write(at, context_entry(table.top_phys, _LEVELS, domain_id), by)
+        kernel.ram.write(at, context_entry(table.top_phys, LEVELS, domain_id), by)
         if kernel.trace is not None:
             kernel.emit("domain_context_mapping_one", {"rid": rid, "did": domain_id}, 0)
 
@@ -249,14 +259,21 @@ class IntelIommu:
 
     # -- live update ----------------------------------------------------------------------------
 
-    def tables(self) -> list[int]:
-        """Root, context and interrupt tables: what has to stay while devices are at work."""
-        contexts = [table for bus in range(256) if (table := self.context_table(bus))]
-        return [self.root, *contexts, self.irq_table]
+    def unit_tables(self) -> list[tuple[int, int]]:
+        """(physical address, order) of root and interrupt table."""
+        return [(self.root, 0), (self.irq_table, 0)]
+
+    def bus_tables(self, bus: int) -> list[tuple[int, int]]:
+        """(physical address, order) of the context table of a bus, if there is one."""
+        table = self.context_table(bus)
+        return [(table, 0)] if table else []
 
     def restore_tables(self) -> None:
         """``intel_iommu_liveupdate_restore_root_table``: take them over, or die."""
-        for phys in self.tables():
+        tables = self.unit_tables()
+        for bus in range(256):
+            tables += self.bus_tables(bus)
+        for phys, _ in tables:
             if self.kernel.kho_restore_folio(phys) is None:
                 raise KernelPanic(
                     f"kernel BUG in iommu_restore_pages: no preserved page at {phys:#x}",

@@ -30,6 +30,7 @@ class Layout(NamedTuple):
     ram: str
     devices: tuple[tuple[str, str], ...]
     guests: tuple[GuestLayout, ...]
+    iommu: str = "vtd"
 
     @property
     def has_secret(self) -> bool:
@@ -48,6 +49,22 @@ class Layout(NamedTuple):
         return found
 
 
+_CLOUD = (
+    (
+        ("nic-a", "nic"),
+        ("disk-a", "nvme"),
+        ("nic-b", "nic"),
+        ("nvme-c", "nvme"),
+        ("gpu-c", "plain"),
+    ),
+    (
+        GuestLayout("vm-a", "4M", ("nic-a", "disk-a"), vcpus=2, huge="always"),
+        GuestLayout("vm-b", "1M", ("nic-b",)),
+        GuestLayout("vm-c", "2M", ("nvme-c", "gpu-c"), (("nvme-c", "gpu-c"),)),
+        GuestLayout("vm-s", "1M", encrypted=True),
+    ),
+)
+
 HOSTS: dict[str, Layout] = {
     "guest-devices": Layout(
         "one guest with a NIC and an NVMe, one of which writes to the other",
@@ -56,15 +73,7 @@ HOSTS: dict[str, Layout] = {
         (GuestLayout("vm", "2M", ("nic", "disk"), (("nic", "disk"),)),),
     ),
     "cloud-host-devices": Layout(
-        "guests with NICs and NVMe, an SEV-SNP guest, a peer-to-peer pair",
-        "128M",
-        (("nic-a", "nic"), ("disk-a", "nvme"), ("nic-b", "nic"), ("nvme-c", "nvme"),
-         ("gpu-c", "plain")),
-        (
-            GuestLayout("vm-a", "4M", ("nic-a", "disk-a"), vcpus=2, huge="always"),
-            GuestLayout("vm-b", "1M", ("nic-b",)),
-            GuestLayout("vm-c", "2M", ("nvme-c", "gpu-c"), (("nvme-c", "gpu-c"),)),
-            GuestLayout("vm-s", "1M", encrypted=True),
-        ),
+        "guests with NICs and NVMe, an SEV-SNP guest, a peer-to-peer pair", "128M", *_CLOUD
     ),
+    "cloud-host-amd": Layout("the same with AMD's IOMMU", "128M", *_CLOUD, iommu="amd"),
 }

@@ -21,7 +21,7 @@ from khosim.explore.host_layouts import HOSTS
 from khosim.explore.oracles import is_warning
 from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.release import find_release
-from khosim.machine.devices import Bridge, Endpoint, Part, Snp, Vtd
+from khosim.machine.devices import Amd, Bridge, Endpoint, Part, Snp, Vtd
 from khosim.machine.devices.engine import fill
 from khosim.simulator import Machine
 
@@ -48,7 +48,7 @@ _GOOD = {
     "work": {"done"},
     "peer": {"peer"},
     "stray": {"fault"},
-    "interrupt": {"posted"},
+    "interrupt": {"posted", "latched", "merged"},
 }
 
 
@@ -143,7 +143,7 @@ class Host:
         self.guests = [self._start(guest, low) for guest in self.layout.guests]
 
     def _parts(self) -> list[Part]:
-        parts: list[Part] = [Vtd()]
+        parts: list[Part] = [Amd() if self.layout.iommu == "amd" else Vtd()]
         for i, (name, kind) in enumerate(self.layout.devices):
             port = f"0000:00:{1 + i:02x}.0"
             parts += [Bridge(port, secondary=_FIRST_BUS + i), Endpoint(self.names[name], kind=kind)]
@@ -237,7 +237,7 @@ class Host:
                 told.append(event.detail["outcome"])
                 if told[-1] == "posted":
                     guest.pending.add(event.detail["vector"])
-                elif act.what == "work":
+                elif act.what == "work" and told[-1] not in _GOOD["interrupt"]:
                     self._says(act, told[-1], "interrupt")
             elif event.kind == "dma":
                 dma = event.detail["dma"]
@@ -270,7 +270,7 @@ class Host:
     def _took(self, event: Event) -> None:
         name, _, number = event.args["vcpu"].rpartition("/")
         for guest in self.guests:
-            if guest.layout.name == name and number == "0":
+            if guest.layout.name == name and number == "0" and self.layout.iommu == "vtd":
                 if event.result != len(guest.pending):
                     text = f"{name} took {event.result} of {len(guest.pending)} interrupts"
                     self._problems.append(

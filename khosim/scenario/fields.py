@@ -129,6 +129,12 @@ class Table:
             raise self.error(f"{key}: {_shown(value)} is neither true nor false")
         return value
 
+    def choice_or_flag(self, key: str, known: Sequence[str], default: bool) -> str:
+        """One of a few words; or ``true``, the first of them, or ``false``, which is ""."""
+        if isinstance(self._left.get(key), str):
+            return self.choice(key, known, known[0])
+        return known[0] if self.flag(key, default) else ""
+
     def integer(self, key: str, default: int | None, low: int, high: int) -> int:
         """A whole number in ``low..high``; required where ``default`` is None."""
         value = self._take(key)

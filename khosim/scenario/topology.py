@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from khosim.machine.devices import Bridge, Endpoint, Part, Snp, Vtd
+from khosim.machine.devices import Amd, Bridge, Endpoint, Part, Snp, Vtd
 from khosim.machine.devices.parts import KINDS
 from khosim.scenario.fields import Table
 
@@ -49,7 +49,8 @@ def read_topology(table: Table) -> Topology:
             names[each] = f"0000:{bus:02x}:00.0"
             ports.append(Bridge(port, secondary=bus))
             ports.append(Endpoint(names[each], kind=kind, bars=None if bar is None else (bar,)))
-    has_iommu = table.flag("iommu", bool(names))
+    unit = table.choice_or_flag("iommu", ("vtd", "amd"), bool(names))
+    units: dict[str, list[Part]] = {"": [], "vtd": [Vtd()], "amd": [Amd()]}
     has_snp = table.flag("snp")
-    parts = ([Vtd()] if has_iommu else []) + ports + ([Snp()] if has_snp else [])
+    parts = units[unit] + ports + ([Snp()] if has_snp else [])
     return Topology(tuple(parts), names)
