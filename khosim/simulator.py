@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from khosim.capture.dmesg import parse_dmesg
@@ -61,6 +61,7 @@ class Machine:
         "_jump",
         "_kernels",
         "_last_boot",
+        "_loaded",
         "allocator",
         "drivers",
         "generation",
@@ -113,6 +114,7 @@ class Machine:
         """Called with a kernel and its stage; see :meth:`watch`."""
         self._auditor = Auditor(hardware) if checks else None
         self._last_boot: tuple[KernelImage, int, str] | None = None
+        self._loaded: tuple[KernelImage, int, str] | None = None
         self._jump: Jump | None = None
 
     def __repr__(self) -> str:
@@ -215,7 +217,7 @@ class Machine:
         load_kernel(
             self.hardware, image.data, initrd_bytes=initrd_bytes, cmdline=cmdline
         )
-        self._last_boot = (image, initrd_bytes, cmdline)
+        self._last_boot, self._loaded = (image, initrd_bytes, cmdline), None
         if self.kernel is not None:
             self.kernel.alive = False
         if self._auditor is not None:
@@ -249,7 +251,7 @@ class Machine:
         self._last_boot = (image, initrd_bytes or 0, cmdline or jump.cmdline)
         return self.resume()
 
-    def load_successor(
+    def load_image(
         self,
         kernel: Kernel,
         release: str | Release | None = None,
@@ -261,11 +263,11 @@ class Machine:
         initrd: int | str | None = None,
         finalize: bool = True,
     ) -> None:
-        """``kexec_file_load`` and the jump, without booting: RAM and registers are ready.
+        """``kexec_file_load``: the image that :meth:`jump` will leave for, now or later.
 
         What is not given is as at the last boot. Where the release wants the handover to be
         finalized, user space does so first, unless it has or ``finalize`` is False. Raises the
-        load's :class:`~khosim.errors.KernelError`; the kernel is dead after a jump.
+        load's :class:`~khosim.errors.KernelError`; an image that was loaded before stays then.
         """
         if kernel.host is not self:
             raise KhoSimError(f"{kernel!r} does not run on this machine")
@@ -281,12 +283,29 @@ class Machine:
         cmdline = last_cmdline if cmdline is None else cmdline
         if finalize:
             kernel.finalize()
-        kimage = kernel.kexec_file_load(image, initrd_bytes=initrd_bytes, cmdline=cmdline)
-        kernel.kernel_kexec(kimage)
+        kernel.kexec_file_load(image, initrd_bytes=initrd_bytes, cmdline=cmdline)
+        self._loaded = (image, initrd_bytes, cmdline)
+
+    def jump(self, kernel: Kernel) -> None:
+        """``reboot(LINUX_REBOOT_CMD_KEXEC)`` without booting: RAM and registers are ready.
+
+        Raises :class:`~khosim.errors.KernelError`: -EINVAL where no image is loaded, or what a file
+        refuses to be frozen with; then the kernel lives on, and may try again. Else it is dead.
+        """
+        if kernel.host is not self:
+            raise KhoSimError(f"{kernel!r} does not run on this machine")
+        kernel.kernel_kexec()
         if self.hardware.devices is not None:
             self.hardware.devices.at_jump()
-        self._last_boot = (image, initrd_bytes, cmdline)
+        self._last_boot, self._loaded = self._loaded or self._last_boot, None
         self.kernel = None
+
+    def load_successor(
+        self, kernel: Kernel, release: str | Release | None = None, **options: Any
+    ) -> None:
+        """:meth:`load_image` with ``options``, and :meth:`jump`, without booting."""
+        self.load_image(kernel, release, **options)
+        self.jump(kernel)
 
     def kexec(self, kernel: Kernel, **options: object) -> Kernel:
         """Load, freeze, jump, boot: returns the successor. Options of :meth:`load_successor`."""
@@ -294,7 +313,7 @@ class Machine:
         return self.resume()
 
     def resume(self) -> Kernel:
-        """Boot what the registers point at: after :meth:`load_successor` or :meth:`load`.
+        """Boot what the registers point at: after :meth:`jump` or :meth:`load`.
 
         Raises :class:`~khosim.errors.KernelPanic` when that kernel dies in boot.
         """
@@ -316,7 +335,7 @@ class Machine:
         """Called by kernels at their stages: the auditor looks at the machine."""
         if self._auditor is not None:
             self._auditor.observe(kernel, stage)
-        for watcher in self.watchers:
+        for watcher in tuple(self.watchers):  # some leave when they are called
             watcher(kernel, stage)
 
     def check(self) -> list[Violation]:
@@ -333,7 +352,8 @@ class Machine:
         """Call ``watcher`` with each kernel at its stages, after the checks.
 
         The stages are those of :class:`~khosim.kernel.trace.Host`: "takeover", "booted",
-        "retrieved" and "jump". A watcher may read all and must change nothing.
+        "retrieved" and "jump". A watcher may read all and must change nothing, but for a device,
+        which writes to RAM (:mod:`khosim.faults.device`).
         """
         self.watchers.append(watcher)
 

@@ -10,8 +10,12 @@ from khosim import KernelError, Machine
 from khosim.errors import InputError, KernelPanic
 from khosim.explore.hazards import fixed
 from khosim.explore.kit import Stage, audit, lost_memory, regained_memory, take_range
+from khosim.explore.search import replay
+from khosim.explore.shrink import cause_of, shrink
+from khosim.explore.tokens import Token, ledger
+from khosim.explore.world import Step
 from khosim.faults.between import flipped, jump_with, overwritten, stale, torn, without
-from khosim.faults.calls import failing_allocation, oops
+from khosim.faults.calls import failing_allocation, kill, oops
 from khosim.faults.device import Dma
 from khosim.faults.places import places
 from khosim.kernel.contig_range import alloc_contig_range, free_contig_range
@@ -19,6 +23,7 @@ from khosim.kernel.kernel import Kernel
 from khosim.kernel.release import find_release
 
 ON = "kho=on liveupdate=on"
+BOOT = Step("boot", ('"64M"', ON, "7.3"))
 
 
 def _kernel(cmdline: str = ON) -> Kernel:
@@ -182,9 +187,10 @@ def test_a_reset_stops_devices() -> None:
     """After a cold boot nobody writes any more."""
     machine = Stage("64M")
     kernel = machine.boot(cmdline="kho=on")
-    Dma(machine, kernel.alloc_folio(0).phys)
+    device = Dma(machine, kernel.alloc_folio(0).phys)
     machine.boot(cmdline="kho=on")
-    assert machine.writers == []
+    assert machine.watchers == []
+    assert device.count == 1
 
 
 def test_taking_a_range() -> None:
@@ -231,3 +237,102 @@ def test_a_list_that_leads_back_ends() -> None:
         successor = machine.resume()
         with pytest.raises(KernelError):
             successor.liveupdate.retrieve_session("vm").retrieve(1)
+
+
+def test_an_agent_is_killed() -> None:
+    """The kernel closes all that it had open: nothing is handed over, nothing is left."""
+    for reverse in (False, True):
+        kernel = _kernel()
+        free = kernel.pages.nr_free_pages()
+        session = kernel.liveupdate.create_session("vm")
+        ram = kernel.memfd("ram", size=8192)
+        ram.write(0, b"m")
+        session.preserve(ram, 1)
+        kill(kernel, *([ram, session] if reverse else [session, ram]))
+        assert not kernel.liveupdate.sessions.outgoing.sessions
+        assert (ram.f_count, session.f_count) == (0, 0)
+        left = {state.owner for state in kernel.pages.pages.columns()[2]}
+        assert not any("memfd" in owner or "shmem" in owner for owner in left)
+        # What stays are tables of the map, and the page for sessions to come.
+        assert free - kernel.pages.nr_free_pages() < 8
+
+
+def test_an_image_that_waits() -> None:
+    """What is preserved after the image was loaded crosses the jump with it, as does its line."""
+    machine = Stage("64M")
+    kernel = machine.boot(cmdline=ON)
+    with pytest.raises(KernelError, match="EINVAL"):
+        machine.jump(kernel)
+    machine.load_image(kernel, cmdline=f"{ON} quiet")
+    folio = kernel.alloc_folio(0)
+    folio.write(0, b"late")
+    kernel.kho_preserve_folio(folio)
+    token = Token(kernel, 7, "freeze")
+    ledger(kernel)
+    session = kernel.liveupdate.create_session("vm")
+    session.preserve(token, 1)
+    with pytest.raises(KernelError, match="EBUSY"):
+        machine.jump(kernel)
+    kill(kernel, token, session)
+    machine.jump(kernel)
+    successor = machine.resume()
+    assert "quiet" in successor.cmdline.split()
+    restored = successor.kho_restore_folio(folio.phys)
+    assert restored is not None
+    assert restored.read(0, 4) == b"late"
+    assert audit(machine) == []
+
+
+def test_a_token_that_cannot_be_made_again() -> None:
+    """It is refused once and for all, and its page is free when the session is finished."""
+    release = fixed("7.3")
+    world = replay(
+        [
+            BOOT._replace(args=(*BOOT.args[:2], release)),
+            Step("ledger", ("g0",)),
+            Step("token", ("k0", "retrieve")),
+            Step("create_session", ("s0", "vm")),
+            Step("preserve_file", ("s0", "k0", 0)),
+            Step("load_image", (ON,)),
+            Step("jump"),
+            Step("ledger", ("g0",)),
+            Step("retrieve_session", ("s0", "vm")),
+            Step("retrieve_lost", ("s0", "k0", 0)),
+            Step("kill", ("",)),
+        ],
+        release,
+    )
+    assert world is not None
+    assert list(world.items) == ["g0"]
+    assert world.problems == []
+
+
+def test_a_stray_device_is_a_scenario() -> None:
+    """Who writes to what is not his breaks anything, and nothing of it is a finding."""
+    steps = [
+        BOOT,
+        Step("alloc_folio", ("f0", 0)),
+        Step("preserve_folio", ("f0",)),
+        Step("stray_device", ("d0", "'table'")),
+        Step("kexec", (ON,)),
+    ]
+    world = replay(steps)
+    assert world is not None
+    assert world.is_harmed
+    assert world.problems == []
+    assert world.machine.hardware.ram.last_writer(world.vars["d0"].phys)[1] == "device"
+
+
+def test_a_late_image_becomes_a_plain_kexec() -> None:
+    """A program that does not need its early image is told without."""
+    line = "kho=on reserve_mem=4096:4096:a"
+    steps = [
+        Step("boot", ('"64M"', line, "7.3")),
+        Step("load_image", ("kho=off reserve_mem=4096:4096:a",)),
+        Step("jump"),
+    ]
+    world = replay(steps)
+    assert world is not None
+    shrunk = shrink(steps, cause_of(world.problems[0]), "7.3")
+    assert shrunk is not None
+    assert [step.kind for step in shrunk[0]] == ["boot", "kexec"]

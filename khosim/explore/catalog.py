@@ -8,6 +8,7 @@ takes it may die there.
 from __future__ import annotations
 
 from khosim.explore.kinds import Kind
+from khosim.explore.kinds_agent import KINDS as AGENT
 from khosim.explore.kinds_boot import KINDS as BOOT
 from khosim.explore.kinds_faults import KINDS as FAULTS
 from khosim.explore.kinds_flb import KINDS as FLB
@@ -18,7 +19,7 @@ from khosim.explore.kinds_vmalloc import KINDS as VMALLOC
 
 __all__ = ("GIVES_BACK", "GROUPS", "KINDS", "SCENARIOS")
 
-_ALL = (*BOOT, *MEMORY, *VMALLOC, *LUO, *MEMFD, *FLB, *FAULTS)
+_ALL = (*BOOT, *MEMORY, *VMALLOC, *LUO, *MEMFD, *FLB, *AGENT, *FAULTS)
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 GROUPS: tuple[str, ...] = tuple(sorted({kind.group for kind in KINDS.values() if kind.group}))
 
@@ -27,15 +28,15 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "pages": ("folio", "pages", "blob", "faults"),
     "subtrees": ("blob", "subtree", "debugfs", "faults"),
     "vmalloc": ("vmalloc", "faults"),
-    "sessions": ("session", "crowd", "memfd", "faults"),
+    "sessions": ("session", "crowd", "memfd", "agent", "faults"),
     "memfd": ("session", "memfd", "faults"),
-    "shared": ("session", "flb", "faults"),
+    "shared": ("session", "flb", "agent", "image", "faults"),
     "reserve-mem": ("region", "successors"),
-    "successors": ("region", "folio", "session", "memfd", "successors", "faults"),
+    "successors": ("region", "folio", "session", "memfd", "image", "successors", "faults"),
     "bytes": ("bytes", "session", "memfd", "folio", "blob", "subtree"),
     "maps": ("map", "session", "memfd", "folio", "pages"),
     "devices": ("device", "folio", "successors"),
-    "oops": ("oops", "session", "memfd", "flb", "folio", "vmalloc", "reset"),
+    "oops": ("oops", "session", "memfd", "flb", "folio", "vmalloc", "reset", "agent", "image"),
 }
 """Which groups of steps a scenario is made of."""
 

@@ -25,6 +25,7 @@ __all__ = ("is_drained", "named", "random_run")
 
 _STEPS_MAX = 36
 _REFUSALS_MAX = 3
+_BOOTS = ("kexec", "jump", "reset")
 _FACTORS = (0.2, 1, 1, 3)
 """A program has its own likings: kinds of steps that it takes seldom, or often."""
 _SHARE = {"bytes": 1, "maps": 1, "devices": 1, "oops": 1, "memfd": 5, "shared": 5, "sessions": 4}
@@ -106,7 +107,7 @@ def _random_step(
             left.remove(kind)
             continue
         args = random.choice(choices)
-        if kind.name == "kexec":
+        if kind.name in ("kexec", "load_image"):
             args = choices[0]
             if "successors" in groups and random.random() < 0.6:
                 args = _by_change(random, world.cmdline, [(args[0], args) for args in choices])
@@ -129,28 +130,31 @@ def _by_change(random: Random, before: str, choices: list[tuple[str, Args]]) -> 
 
 
 def _fault(random: Random, kind: Kind, groups: Sequence[str]) -> tuple[int, bool, bool]:
-    if "oops" in groups and kind.name not in ("kexec", "reset") and random.random() < 0.1:
+    if "oops" in groups and kind.name not in _BOOTS and random.random() < 0.1:
         return random.randrange(1, random.choice((4, 12))), False, True
     if "faults" not in groups or not kind.can_fail or random.random() > 0.25:
         return 0, False, False
-    boot = kind.name == "kexec" and random.random() < 0.7
+    boot = kind.name in ("kexec", "jump") and random.random() < 0.7
     most = kind.asks if random.random() < 0.9 else 3 * kind.asks
     return random.randrange(1, most + 1), boot, False
 
 
 def _weight(world: World, kind: Kind, weight: float) -> float:
     # Nobody learns much from a jump with nothing to hand over.
-    if kind.name == "kexec" and all(item.state != "preserved" for item in world.items.values()):
+    is_jump = kind.name in ("kexec", "jump")
+    if is_jump and all(item.state != "preserved" for item in world.items.values()):
         return 1
     return weight
 
 
 def is_drained(world: World) -> bool:
-    """Whether the author holds nothing any more."""
+    """Whether the author holds nothing any more, but for an image that is loaded."""
     if world.cursed:
         return False
     return all(
-        item.state == "lost" or (item.kind == "ledger" and not item["gets"])
+        item.state == "lost"
+        or item.kind == "image"
+        or (item.kind == "ledger" and not item["gets"])
         for item in world.items.values()
     )
 

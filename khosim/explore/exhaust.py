@@ -64,7 +64,7 @@ def keep_of(scenario: str) -> Keep:
     odd = "successors" in SCENARIOS[scenario]
 
     def keep(world: World, kind: Kind, args: Args) -> bool:
-        return odd or kind.name != "kexec" or args[0] == world.cmdline
+        return odd or kind.name not in ("kexec", "load_image") or args[0] == world.cmdline
 
     return keep
 

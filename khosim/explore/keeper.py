@@ -41,7 +41,7 @@ def tags(steps: Iterable[Step]) -> frozenset[str]:
     found: set[str] = set()
     words: list[str] = []
     for step in steps:
-        if step.kind in ("boot", "kexec"):
+        if step.kind in ("boot", "kexec", "load_image"):
             now = (step.args[1] if step.kind == "boot" else step.args[0]).split()
             found |= {f"{step.kind}+{word.split('=')[0]}" for word in now if word not in words}
             found |= {f"kexec-{word.split('=')[0]}" for word in words if word not in now}

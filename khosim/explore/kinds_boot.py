@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from khosim.explore.world import Item, World
     from khosim.kernel.behaviours import Release
 
-__all__ = ("KINDS", "machine_weight")
+__all__ = ("KINDS", "image_options", "jumped", "machine_weight", "successors")
 
 _BASE = "kho=on liveupdate=on"
 _MACHINES = (
@@ -95,7 +95,8 @@ def _words(line: str) -> list[str]:
     return line.split()
 
 
-def _successors(world: World) -> list[str]:
+def successors(world: World) -> list[str]:
+    """Command lines of the next kernel: as this one's, and with one thing changed."""
     words = _words(world.cmdline)
     variants = [world.cmdline]
     regions = [word for word in words if word.startswith("reserve_mem=")]
@@ -124,11 +125,12 @@ def _successors(world: World) -> list[str]:
 def _kexec_choices(world: World) -> list[Args]:
     if not world.has_kernel or world.generation >= 3 or world.is_stuck:
         return []
-    lines = [(line,) for line in _successors(world)]
-    return [*lines, *((world.cmdline, more) for more in _others(world))]
+    lines = [(line,) for line in successors(world)]
+    return [*lines, *((world.cmdline, more) for more in image_options(world))]
 
 
-def _others(world: World) -> list[str]:
+def image_options(world: World) -> list[str]:
+    """Options of a kexec: what else may be different."""
     # Another image, initrd, release; what the release of a fixed protocol is called has no name.
     found = ['kernel_size="8M"', 'initrd="4M"', 'initrd="32M"']
     if isinstance(world.release, str):
@@ -153,7 +155,8 @@ def _kexec_source(world: World, line: str, more: str = "") -> str:
 _LESS = ("mem=", "elfcorehdr=")
 
 
-def _jumped(world: World, args: Args) -> None:
+def jumped(world: World, args: Args) -> None:
+    """Books: a kernel with that command line runs."""
     before, world.cmdline = _words(world.cmdline), args[0]
     now = _words(args[0])
     world.generation += 1
@@ -241,7 +244,8 @@ KINDS = (
         "",
         _kexec_choices,
         _kexec_source,
-        _jumped,
+        jumped,
+        lambda w, args: w.drop("image"),  # whose image is loaded now is not told
         errnos=frozenset(("EADDRNOTAVAIL", "EBUSY", "EINVAL", "ENOMEM")),
         takes_any=True,
         asks=40,

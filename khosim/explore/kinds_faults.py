@@ -83,6 +83,25 @@ def _device_choices(world: World) -> list[Args]:
     return [(NEW, item.name) for item in world.of("folio", "preserved")]
 
 
+def _stray_choices(world: World) -> list[Args]:
+    # A device that nobody stopped, or that was let at what is not its own: anywhere in RAM.
+    if not _can(world) or world.of("device"):
+        return []
+    top = world.machine.hardware.memory_map.end_phys
+    somewhere = [f"{at:#x}" for at in (0x1000, top // 4, top // 2, top - 0x1000)]
+    return [(NEW, place) for place in (*map(repr, places(world.kernel)), *somewhere)]
+
+
+def _stray_source(world: World, name: str, place: str) -> str:
+    at = place if place.startswith("0x") else f"places(kernel)[{place}]"
+    return f"{name} = Dma(machine, {at})"
+
+
+def _strays(world: World, args: Args) -> None:
+    world.add("device", args[0], at="")
+    world.is_harmed = True
+
+
 def _device_stops(world: World) -> list[Args]:
     # Only there can be looked at what it wrote where the folio is in its owner's hands.
     return [
@@ -164,6 +183,16 @@ KINDS = (
         letter="d",
         can_fail=False,
         weight=6,
+    ),
+    Kind(
+        "stray_device",
+        "device",
+        _stray_choices,
+        _stray_source,
+        _strays,
+        letter="d",
+        can_fail=False,
+        weight=1,
     ),
     Kind(
         "stop_device",

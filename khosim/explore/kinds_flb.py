@@ -1,7 +1,8 @@
 """Steps with tokens, files of the search's own, and with what they share: a ledger, or nothing.
 
 A kernel may know tokens with a ledger or without one, whatever its predecessor knew; a token may
-refuse to be preserved, to be frozen, or once to be finished; a ledger may refuse to be found again.
+refuse to be preserved, to be frozen, to be made again, or once to be finished; a ledger may refuse
+to be found again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _is_on(world: World) -> bool:
 def _token_choices(world: World) -> list[Args]:
     if not _is_on(world) or not world.of("ledger") or len(world.of("file")) >= FILES_MAX:
         return []
-    return [(NEW, refuses) for refuses in ("", "preserve", "freeze", "finish")]
+    return [(NEW, refuses) for refuses in ("", "preserve", "freeze", "finish", "retrieve")]
 
 
 def _token_done(world: World, args: Args) -> None:
@@ -53,6 +54,21 @@ def _ledger_done(world: World, args: Args) -> None:
 
 def _tokens_done(world: World, args: Args) -> None:
     world.add("ledger", args[0], gets=0, flb=False, asked=False, refuses="")
+
+
+def _lost_choices(world: World) -> list[Args]:
+    return [
+        (item["was"], item.name, item["token"])
+        for item in world.of("file", "incoming")
+        if item["type"] == "token"
+        and item["refuses"] == "retrieve"
+        and world.has(item["was"], "session", "arrived")
+        and world.of("ledger")
+    ]
+
+
+def _token_lost(world: World, args: Args) -> None:
+    world.items[args[1]].state = "lost"
 
 
 def _ledger_get(world: World) -> list[Args]:
@@ -116,6 +132,17 @@ KINDS = (
         letter="k",
         can_fail=False,
         weight=6,
+    ),
+    Kind(
+        "retrieve_lost",
+        "flb",
+        _lost_choices,
+        lambda w, s, k, token: f"{s}.retrieve({token:#x})",
+        _token_lost,
+        _token_lost,
+        errnos=frozenset(("EIO",)),
+        can_fail=False,
+        weight=8,
     ),
     Kind(
         "get_outgoing",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from khosim.explore.world import World
     from khosim.kernel.liveupdate.luo_session import Session
 
-__all__ = ("KINDS",)
+__all__ = ("KINDS", "close_session", "finish_session", "is_busy")
 
 _MAX = LIVEUPDATE_SESSION_NAME_LENGTH
 _SESSIONS_MAX = 3
@@ -61,7 +61,8 @@ def _crowd_choices(world: World) -> list[Args]:
     return [(NEW, count) for count in (left - 1, left, left + 1)]
 
 
-def _close(world: World, args: Args) -> None:
+def close_session(world: World, args: Args) -> None:
+    """Books: the session is no more; what was for the successor is its owner's again."""
     name = args[0]
     world.drop(name)
     for item in world.of("file"):
@@ -89,7 +90,8 @@ def _finish_choices(world: World) -> list[Args]:
     return [(item.name,) for item in world.of("session", "arrived")]
 
 
-def _finish_done(world: World, args: Args) -> None:
+def finish_session(world: World, args: Args) -> None:
+    """Books: files that arrived are their owner's, the others are no more."""
     for item in world.of("file", "incoming", "lost"):
         if item["was"] == args[0]:
             world.drop(item.name)
@@ -147,7 +149,7 @@ def _file_choices(world: World) -> list[Args]:
         (item["was"], item.name, item["token"], item["type"])
         for item in world.of("file", "incoming")
         if world.has(item["was"], "session", "arrived")
-        and (item["type"] != "token" or world.of("ledger"))
+        and (item["type"] != "token" or (world.of("ledger") and item["refuses"] != "retrieve"))
     ]
 
 
@@ -181,8 +183,8 @@ def _file_lost(world: World, args: Args) -> None:
         world.items[args[1]].state = "lost"
 
 
-def _is_busy(world: World, session: str) -> bool:
-    # A token in it says once that it cannot be finished yet.
+def is_busy(world: World, session: str) -> bool:
+    """Whether a token in it is going to say, once, that it cannot be finished yet."""
     asked = any(item["asked"] for item in world.of("ledger"))
     return not asked and any(
         item["type"] == "token" and item["was"] == session and item["refuses"] == "finish"
@@ -199,18 +201,18 @@ def _unfinished(world: World) -> list[Args]:
     found = []
     for item in world.of("session", "arrived"):
         taken = any(file["was"] == item.name for file in world.of("file", "arrived"))
-        if not (taken and _is_busy(world, item.name)):
+        if not (taken and is_busy(world, item.name)):
             found.append((item.name,))
     return found
 
 
 def _close_unfinished(world: World, args: Args) -> None:
     # Whoever closes a session finishes it; where that is refused, it is as it was.
-    if _is_busy(world, args[0]):
+    if is_busy(world, args[0]):
         _was_asked(world, args)
         world.items[args[0]].state = "incoming"
         return
-    _finish_done(world, args)
+    finish_session(world, args)
     world.drop(args[0])
 
 
@@ -259,7 +261,7 @@ KINDS = (
     Kind(
         "close_session",
         "session",
-        _close_choices, lambda w, s: f"{s}.close()", _close,
+        _close_choices, lambda w, s: f"{s}.close()", close_session,
         weight=1,
         can_fail=False,
         locks=True,
@@ -279,7 +281,7 @@ KINDS = (
         "session",
         _finish_choices,
         lambda w, s: f"{s}.finish()",
-        _finish_done,
+        finish_session,
         _was_asked,
         errnos=frozenset(("EBUSY",)),
         weight=3,

@@ -26,9 +26,10 @@ from khosim.faults.between import (
     stale,
     torn,
 )
-from khosim.faults.calls import Death, Nth, TaskDied, oops
+from khosim.faults.calls import Death, Nth, TaskDied, kill, oops
 from khosim.faults.calls import failing_allocation as failing
 from khosim.faults.device import Dma
+from khosim.faults.places import places
 from khosim.kernel.contig_range import alloc_contig_range
 from khosim.kernel.page_map import ALLOCATED
 from khosim.simulator import Machine
@@ -51,10 +52,12 @@ __all__ = (
     "failing",
     "failing_boot",
     "flipped",
+    "kill",
     "ledger",
     "lost_memory",
     "oops",
     "overwritten",
+    "places",
     "read_debugfs",
     "regained_memory",
     "retrieve_badly",
@@ -73,24 +76,21 @@ class Stage(Machine):
     """A machine that remembers how each kernel began, and whose boots can go wrong.
 
     ``boot_fault`` is the number of the allocation that the next kernel is refused after it has
-    taken preserved memory over, 0 for none; ``struck`` are the faults of the last jump. Devices
-    work at every stage of a boot.
+    taken preserved memory over, 0 for none; ``struck`` are the faults of the last jump.
     """
 
-    __slots__ = ("_before", "_between", "baseline", "boot_fault", "struck", "writers")
+    __slots__ = ("_before", "_between", "baseline", "boot_fault", "struck")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.boot_fault = 0
         self.baseline: Baseline | None = None
         self.struck: list[Between] = []
-        self.writers: list[Dma] = []
         self._between: list[Between] = []
         self._before: Kernel | None = None
 
     def boot(self, *args: Any, **options: Any) -> Kernel:
-        """See :meth:`khosim.Machine.boot`; a reset stops devices, and nothing strikes any more."""
-        self.writers.clear()
+        """See :meth:`khosim.Machine.boot`; nothing strikes any more."""
         self._between.clear()
         return super().boot(*args, **options)
 
@@ -98,10 +98,10 @@ class Stage(Machine):
         """``fault`` strikes at the next jump."""
         self._between.append(fault)
 
-    def load_successor(self, kernel: Kernel, *args: Any, **options: Any) -> None:
-        """See :meth:`khosim.Machine.load_successor`."""
+    def jump(self, kernel: Kernel) -> None:
+        """See :meth:`khosim.Machine.jump`."""
         self.struck = []
-        super().load_successor(kernel, *args, **options)
+        super().jump(kernel)
         self._before = kernel
 
     def resume(self) -> Kernel:
@@ -115,8 +115,6 @@ class Stage(Machine):
 
     def checkpoint(self, kernel: Kernel, stage: str) -> None:
         """See :meth:`khosim.Machine.checkpoint`."""
-        for writer in self.writers:
-            writer.tick()
         if stage == "takeover" and self.boot_fault:
             kernel.pages.fail = Nth(self.boot_fault)
         elif stage == "booted":

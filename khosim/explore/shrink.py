@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from khosim.explore.limits import BY_THE_CLOCK, alarm
 from khosim.explore.search import KINDS, replay
+from khosim.explore.world import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from khosim.explore.world import Problem, Step
+    from khosim.explore.world import Problem
     from khosim.kernel.behaviours import Release
 
 __all__ = ("Finding", "cause_of", "on_release", "shape", "shrink", "speaks")
@@ -180,8 +181,11 @@ def _simpler_step(steps: list[Step], i: int) -> Iterator[list[Step]]:
     if step.fault > 1:
         for fault in range(1, step.fault):
             yield [*steps[:i], step._replace(fault=fault), *steps[i + 1 :]]
-    if step.kind == "kexec":
+    if step.kind in ("kexec", "load_image"):
         yield from _simpler_successor(steps, i)
+        return
+    if step.kind == "jump":
+        yield from _loaded_late(steps, i)
         return
     if not kind.letter:
         return
@@ -212,8 +216,17 @@ def _simpler_successor(steps: list[Step], i: int) -> Iterator[list[Step]]:
             yield [*steps[:i], steps[i]._replace(args=(more,)), *steps[i + 1 :]]
 
 
+def _loaded_late(steps: list[Step], i: int) -> Iterator[list[Step]]:
+    # A kexec, which loads its image where it jumps.
+    for at in reversed(range(i)):
+        if steps[at].kind == "load_image":
+            kexec = Step("kexec", steps[at].args, *steps[i][2:])
+            yield [*steps[:at], *steps[at + 1 : i], kexec, *steps[i + 1 :]]
+            return
+
+
 def _has_line(step: Step) -> bool:
-    return step.kind in ("boot", "kexec")
+    return step.kind in ("boot", "kexec", "load_image")
 
 
 def _reworded(steps: list[Step], word: str, new: str) -> list[Step]:
@@ -232,7 +245,7 @@ def _retold(steps: list[Step], word: str) -> list[Step]:
     # Later command lines without that word as well.
     told = []
     for step in steps:
-        if step.kind == "kexec":
+        if step.kind in ("kexec", "load_image"):
             line = " ".join(w for w in step.args[0].split() if w != word)
             step = step._replace(args=(line,))
         told.append(step)

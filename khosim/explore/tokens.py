@@ -21,6 +21,8 @@ __all__ = ("Ledger", "Token", "TokenHandler", "ledger", "tokens")
 
 _BUSY = 1 << 63
 """In a token's page: its handler says once that it cannot be finished yet."""
+_LOST = 1 << 62
+"""In a token's page: it cannot be made again."""
 
 
 class Token(File):
@@ -54,8 +56,8 @@ class TokenHandler(FileHandler):
         if file.refuses == "preserve":
             raise KernelError(errno.EBUSY, "token_preserve")
         page = args.kernel.kho_alloc_preserve(8)
-        busy = _BUSY if file.refuses == "finish" else 0
-        page.write(0, (file.value | busy).to_bytes(8, "little"))
+        flag = {"finish": _BUSY, "retrieve": _LOST}.get(file.refuses, 0)
+        page.write(0, (file.value | flag).to_bytes(8, "little"))
         args.serialized_data = page.phys
         args.private_data = page
 
@@ -69,9 +71,11 @@ class TokenHandler(FileHandler):
         args.kernel.kho_unpreserve_free(args.private_data)
 
     def retrieve(self, args: LiveupdateFileOpArgs) -> None:
-        """Make the token again."""
+        """Make the token again, or free its page and say -EIO."""
         value = args.kernel.ram.read_u64(args.serialized_data)
         args.kernel.kho_restore_free(args.serialized_data)
+        if value & _LOST:
+            raise KernelError(errno.EIO, "token_retrieve")
         args.file = Token(args.kernel, value & ~_BUSY, "finish" if value & _BUSY else "")
 
     def can_finish(self, args: LiveupdateFileOpArgs) -> bool:

@@ -289,7 +289,8 @@ class World:
             return refused.name
         except KernelPanic as panic:
             self._look_at_damage(panic.message)
-            has_less = bool(step.fault) or any(" mem=" in str(word) for word in step.args)
+            lines = (*step.args, *(item["line"] for item in self.of("image")))
+            has_less = bool(step.fault) or any(" mem=" in str(line) for line in lines)
             expected = is_expected_panic(panic.message, lacks_memory=has_less)
             if not expected and not self.is_harmed:
                 self._problem("kernel-panic", panic.message)

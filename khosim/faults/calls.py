@@ -1,4 +1,4 @@
-"""Faults within a call: memory that is not there, a file that refuses, a task that dies.
+"""Faults within a call, and between two: memory that is not there, a file that refuses, a death.
 
 An allocation fails as in ``mm/fail_page_alloc.c`` @ 7.3, which counts requests; a refusing freeze
 is a handler's ``freeze`` callback that returns -EBUSY (``kernel/liveupdate/luo_file.c:
@@ -18,11 +18,12 @@ from khosim.errors import InputError, KernelError, KhoSimError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from khosim.kernel.file import File
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.liveupdate.file_ops import LiveupdateFileOpArgs, Op
     from khosim.kernel.trace import Event
 
-__all__ = ("Death", "Nth", "TaskDied", "failing_allocation", "oops", "refusing_freeze")
+__all__ = ("Death", "Nth", "TaskDied", "failing_allocation", "kill", "oops", "refusing_freeze")
 
 
 def _positive(name: str, n: object) -> None:
@@ -107,6 +108,18 @@ def oops(kernel: Kernel, n: int) -> Iterator[None]:
         pass
     finally:
         death.undo()
+
+
+def kill(kernel: Kernel, *files: File) -> None:
+    """The agent that has ``files`` open, in the order of its descriptors, is killed (SIGKILL).
+
+    It dies between two system calls, as a signal has it, and the kernel closes what it had open:
+    see :meth:`khosim.kernel.process.Process.exit`.
+    """
+    process = kernel.process("agent")
+    for file in files:
+        process.install(file)
+    process.kill()
 
 
 @contextmanager

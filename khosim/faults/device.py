@@ -1,15 +1,16 @@
 """A device that goes on writing to memory while kernels come and go.
 
-The simplest there is: at each tick it stores its counter at one address, as who writes a status
-word does. Devices with registers are in :mod:`khosim.machine.devices`.
+The simplest there is: at each stage of a kernel's life it stores its counter at one address, as who
+writes a status word does. Devices with registers are in :mod:`khosim.machine.devices`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from khosim.machine.hardware import Hardware
+    from khosim.kernel.kernel import Kernel
+    from khosim.simulator import Machine
 
 __all__ = ("DEVICE", "Dma")
 
@@ -17,33 +18,42 @@ DEVICE = "device"
 """Who wrote, as RAM's record of last writers says it."""
 
 
-class Board(Protocol):
-    """What a device is put into: a machine that lets its ``writers`` tick."""
-
-    hardware: Hardware
-    writers: list[Dma]
-
-
 class Dma:
-    """Writes its ``count`` as 8 bytes to ``phys`` at each tick, from now on."""
+    """Writes its ``count`` as 8 bytes to ``phys``, now and at each stage from now on.
 
-    __slots__ = ("_board", "count", "phys")
+    It does so wherever that is in RAM, until :meth:`stop` or until the machine is reset. What has
+    to survive: everything, where ``phys`` lies in memory that its owner preserves, with what the
+    device wrote; the machine alone, where it lies in anybody else's.
+    """
 
-    def __init__(self, board: Board, phys: int) -> None:
-        self._board = board
+    __slots__ = ("_generation", "_has_jumped", "_machine", "count", "phys")
+
+    def __init__(self, machine: Machine, phys: int) -> None:
+        self._machine = machine
+        self._generation = machine.generation
+        self._has_jumped = False
         self.phys = phys
         self.count = 0
-        board.writers.append(self)
+        machine.watch(self._at_stage)
+        self.tick()
+
+    def _at_stage(self, kernel: Kernel, stage: str) -> None:
+        if kernel.generation != self._generation:
+            if not self._has_jumped:  # a kernel that nobody jumped to: power was off
+                self.stop()
+                return
+            self._generation, self._has_jumped = kernel.generation, False
+        self._has_jumped = self._has_jumped or stage == "jump"
         self.tick()
 
     def tick(self) -> None:
         """One more."""
         self.count += 1
-        hardware = self._board.hardware
+        hardware = self._machine.hardware
         if hardware.is_ram(self.phys, 8):
             hardware.ram.write_u64(self.phys, self.count, (-1, DEVICE))
 
     def stop(self) -> None:
         """Write nothing any more."""
-        if self in self._board.writers:
-            self._board.writers.remove(self)
+        if self._at_stage in self._machine.watchers:
+            self._machine.watchers.remove(self._at_stage)
