@@ -25,7 +25,7 @@ __all__ = ("is_drained", "named", "random_run")
 
 _STEPS_MAX = 36
 _REFUSALS_MAX = 3
-_BOOTS = ("kexec", "jump", "reset")
+_NO_OOPS = ("kexec", "jump", "reset", "kill")
 _FACTORS = (0.2, 1, 1, 3)
 """A program has its own likings: kinds of steps that it takes seldom, or often."""
 _SHARE = {"bytes": 1, "maps": 1, "devices": 1, "oops": 1, "memfd": 5, "shared": 5, "sessions": 4}
@@ -130,7 +130,7 @@ def _by_change(random: Random, before: str, choices: list[tuple[str, Args]]) -> 
 
 
 def _fault(random: Random, kind: Kind, groups: Sequence[str]) -> tuple[int, bool, bool]:
-    if "oops" in groups and kind.name not in _BOOTS and random.random() < 0.1:
+    if "oops" in groups and kind.name not in _NO_OOPS and random.random() < 0.1:
         return random.randrange(1, random.choice((4, 12))), False, True
     if "faults" not in groups or not kind.can_fail or random.random() > 0.25:
         return 0, False, False

@@ -71,7 +71,7 @@ def _loaded(world: World, args: Args) -> None:
 
 
 def _jump_choices(world: World) -> list[Args]:
-    return [()] if world.of("image") else []
+    return [()] if world.of("image") and not world.is_stuck else []
 
 
 def _jumped(world: World, args: Args) -> None:

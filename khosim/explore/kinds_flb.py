@@ -143,6 +143,7 @@ KINDS = (
         errnos=frozenset(("EIO",)),
         can_fail=False,
         weight=8,
+        locks=True,
     ),
     Kind(
         "get_outgoing",

@@ -6,16 +6,26 @@ writes a status word does. Devices with registers are in :mod:`khosim.machine.de
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from khosim.kernel.kernel import Kernel
-    from khosim.simulator import Machine
+    from khosim.machine.hardware import Hardware
 
 __all__ = ("DEVICE", "Dma")
 
 DEVICE = "device"
 """Who wrote, as RAM's record of last writers says it."""
+
+
+class Board(Protocol):
+    """What a device is put into: a :class:`khosim.Machine`, which tells of its kernels' stages."""
+
+    hardware: Hardware
+    generation: int
+    watchers: list[Callable[[Kernel, str], None]]
 
 
 class Dma:
@@ -28,13 +38,13 @@ class Dma:
 
     __slots__ = ("_generation", "_has_jumped", "_machine", "count", "phys")
 
-    def __init__(self, machine: Machine, phys: int) -> None:
+    def __init__(self, machine: Board, phys: int) -> None:
         self._machine = machine
         self._generation = machine.generation
         self._has_jumped = False
         self.phys = phys
         self.count = 0
-        machine.watch(self._at_stage)
+        machine.watchers.append(self._at_stage)
         self.tick()
 
     def _at_stage(self, kernel: Kernel, stage: str) -> None:
