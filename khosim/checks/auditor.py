@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from khosim.checks.decode import decode_handover
 from khosim.checks.device_watch import DeviceWatch
+from khosim.checks.dma_watch import DmaWatch
 from khosim.checks.formats import format_of
 from khosim.checks.history import Handed, History
 from khosim.checks.invariants import INVARIANTS, Invariant
@@ -59,6 +60,7 @@ class Auditor:
 
     __slots__ = (
         "_by_stage",
+        "_dma",
         "_history",
         "_known",
         "_leaving",
@@ -73,6 +75,7 @@ class Auditor:
         everyday = _ALL if hardware.devices is not None else _WITHOUT_DEVICES
         self._by_stage = everyday if invariants is INVARIANTS else _by_stage(invariants)
         self._history = History()
+        self._dma = None if hardware.devices is None else DmaWatch(hardware, self._history)
         self._leaving: DeviceWatch | None = None
         self._violations: list[Violation] = []
         self._known: set[tuple[str, int, str]] = set()
@@ -80,6 +83,9 @@ class Auditor:
     def power_on(self) -> None:
         """A cold boot begins: what was handed over before has no future."""
         self._history = History()
+        if self._dma is not None:
+            self._dma.history = self._history
+            self._dma.run(None)
 
     def observe(self, kernel: KernelView, stage: str) -> None:
         """A kernel has reached a stage: "takeover", "booted", "retrieved", "reboot" or "jump"."""
@@ -103,6 +109,8 @@ class Auditor:
             handed.given_back()
         elif stage == JUMP:
             self._remember(look)
+        if self._dma is not None:
+            self._dma.run(kernel if stage == BOOTED else None)
 
     def check(self, kernel: KernelView | None) -> list[Violation]:
         """Ask every invariant that can be asked now; all violations of this machine so far."""
@@ -141,6 +149,7 @@ class Auditor:
             found = check(look)
             if found:
                 self._report(found)
+        look.history.strays.clear()
         machine, watch = look.hardware.devices, look.history.devices
         if machine is not None and watch is not None:
             watch.seen = len(machine.events)

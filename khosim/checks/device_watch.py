@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from khosim.checks.ranges import Ranges
     from khosim.machine.hardware import Hardware
 
-__all__ = ("DeviceWatch", "KeptDevice", "KeptGuest", "KeptVcpu", "pages_of")
+__all__ = (
+    "DeviceWatch",
+    "KeptDevice",
+    "KeptGuest",
+    "KeptVcpu",
+    "assigned_to",
+    "memory_of",
+    "pages_of",
+    "target_of",
+)
 
 _PIR_BYTES = 32
 _COMMAND, _USES_BUS = 0x04, 0x06
@@ -51,22 +60,8 @@ class KeptDevice(NamedTuple):
     top: int
 
     def target(self, iova: int, len_bytes: int) -> list[tuple[int, int]] | None:
-        """Where a request has to go, as (phys, bytes) joined; None where nothing is mapped."""
-        found: list[tuple[int, int]] = []
-        at, end = iova, iova + len_bytes
-        while at < end:
-            piece = next((m for m in self.memory if m[0] <= at < m[0] + m[2]), None)
-            if piece is None:
-                return None
-            start, phys, size = piece
-            step = min(end, start + size) - at
-            where = phys + at - start
-            if found and sum(found[-1]) == where:
-                found[-1] = found[-1][0], found[-1][1] + step
-            else:
-                found.append((where, step))
-            at += step
-        return found
+        """See :func:`target_of`."""
+        return target_of(self.memory, iova, len_bytes)
 
 
 class KeptVcpu(NamedTuple):
@@ -99,8 +94,35 @@ def pages_of(runs: Iterable[Any]) -> Ranges:
     return merged((columns[:, 0], columns[:, 1]))
 
 
-def _memory(iommufd: Any, bars: dict[int, int], shift: int) -> Iterator[tuple[int, int, int]]:
-    # What the I/O addresses of an iommufd stand for.
+def target_of(
+    memory: Iterable[tuple[int, int, int]], iova: int, len_bytes: int
+) -> list[tuple[int, int]] | None:
+    """Where a request has to go, as (phys, bytes) joined; None where something is not mapped.
+
+    ``memory`` as :class:`KeptDevice` has it.
+    """
+    found: list[tuple[int, int]] = []
+    at, end = iova, iova + len_bytes
+    while at < end:
+        piece = next((m for m in memory if m[0] <= at < m[0] + m[2]), None)
+        if piece is None:
+            return None
+        start, phys, size = piece
+        step = min(end, start + size) - at
+        where = phys + at - start
+        if found and sum(found[-1]) == where:
+            found[-1] = found[-1][0], found[-1][1] + step
+        else:
+            found.append((where, step))
+        at += step
+    return found
+
+
+def memory_of(iommufd: Any, bars: dict[int, int], shift: int) -> Iterator[tuple[int, int, int]]:
+    """``(iova, phys, len_bytes)`` of what an iommufd's addresses stand for, by its files.
+
+    ``bars`` are the physical addresses of mapped BARs by I/O address; others are left out.
+    """
     for mapping in iommufd.mappings:
         if mapping.memfd is None:
             if mapping.iova in bars:
@@ -163,7 +185,7 @@ class DeviceWatch:
         known = before.devices.get(function.name) if before is not None else None
         if file.iommufd.mappings or known is None:
             targets = self._bars(form, ram, top, file.iommufd)
-            memory = tuple(_memory(file.iommufd, targets, shift))
+            memory = tuple(memory_of(file.iommufd, targets, shift))
             runs = [run for it in file.iommufd.mappings for run in it.pinned]
             pages = pages_of(runs)
         else:  # came from a predecessor: a page table without an address space

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from khosim.checks.decode import Handover
     from khosim.checks.device_watch import DeviceWatch
+    from khosim.checks.dma_watch import Stray
     from khosim.checks.kernel_view import KernelView, PageMapView
     from khosim.checks.ranges import I64, Ranges
     from khosim.machine.hardware import Hardware
@@ -313,11 +314,13 @@ class Handed:
 class History:
     """What the auditor knows of a machine's past: the latest handover, and scratch as it was."""
 
-    __slots__ = ("devices", "handed", "scratch")
+    __slots__ = ("devices", "handed", "scratch", "strays")
 
     def __init__(self) -> None:
         self.handed: Handed | None = None
         self.devices: DeviceWatch | None = None
         """Devices and guests as they were at the last jump, on a machine that has any."""
+        self.strays: list[Stray] = []
+        """DMAs of a running kernel's devices that went wrong and were not told of yet."""
         self.scratch: list[tuple[int, int]] | None = None
         """The scratch areas of this chain of kernels, once one was seen."""

@@ -7,8 +7,12 @@ that was not translated as before is not asked whose memory it hit, nor one to a
 where the translation is not what it was; and who could not reach the bus before the jump either has
 lost no interrupt by it.
 
-A DMA is judged by who owned its page at the next look, so memory that changed hands and came back
-between two looks is not noticed. Before the first jump nothing is judged.
+Of the rest of a device's life only its DMA is judged, each at its moment, from boot on
+(:mod:`khosim.checks.dma_watch`): resets, mappings and writes to guest memory are then user space's
+to ask for, and nobody but it knows which of them are right.
+
+From jump to finish a DMA is judged by who owned its page at the next look, so memory that changed
+hands and came back between two looks is not noticed.
 """
 
 from __future__ import annotations
@@ -86,10 +90,13 @@ def _belonging(look: Look) -> Ranges | None:
 def _dma_in_owner(look: Look) -> Sequence[Violation]:
     name = "dma-in-owner"
     dmas = _dmas(look)
-    if not dmas:
-        return ()
-    found: dict[str, Violation] = {}
     shift = look.page_shift
+    found: dict[str, Violation] = {
+        stray.message: look.says(name, stray.message, stray.phys, look.owner(stray.phys >> shift))
+        for stray in look.history.strays
+    }
+    if not dmas:
+        return list(found.values())
     belonging = _belonging(look)
     for watch, device, function in _watched(look):
         if not _is_itself(device, function):
