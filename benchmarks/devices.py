@@ -2,7 +2,8 @@
 
 64 guests of 32 GiB in folios of 2 MiB, two devices each: page tables in memory, a DMA of every
 device and a write of every vCPU after each thousandth event. The yardstick carries the same memory
-in as many sessions' files, and nothing else.
+in as many sessions' files, and nothing else. ``interleave`` is a run of ``khosim explore
+guest-devices`` against a handover with nothing to hand over.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _FIRST_BUS = 0x10
 
 def devices(context: Context) -> Iterator[Record]:
     """Preserve, hand over, retrieve and finish; and what that keeps resident."""
+    yield _interleave(context)
     guests = 8 if context.quick else 64
     name = f"{guests * 32 >> 10}T" if guests == 64 else f"{guests * 32}G"
     seconds, memory = in_child(_hand_over, guests, _DEVICES_EACH)
@@ -41,6 +43,35 @@ def devices(context: Context) -> Iterator[Record]:
         against=bare_memory,
         limit=3.0,
         note=f"{note}, resident after the handover",
+    )
+
+
+def _interleave(context: Context) -> Record:
+    """A random interleaving: a host, its guest, two devices, a live update, all invariants."""
+    from itertools import count
+
+    from khosim import Machine
+    from khosim.explore.interleave import Model, draw, run
+
+    model, numbers = Model("guest-devices"), count()
+
+    def interleaved() -> None:
+        if run(model, draw(model, f"0:{next(numbers)}")):
+            raise AssertionError("something spoke")
+
+    def bare() -> None:
+        with Machine("64M") as machine:
+            machine.kexec(machine.boot(cmdline="kho=on liveupdate=on"))
+
+    return context.ratio(
+        "devices.interleave",
+        interleaved,
+        bare,
+        baseline="a bare handover",
+        limit=15,
+        rounds=10,
+        in_a_row=10,
+        note="one guest, two devices",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from benchmarks.blackout import blackout
 from benchmarks.devices import devices
 from benchmarks.explore import explore
 from benchmarks.handover import handover
@@ -31,5 +32,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "memory": memory,
     "luo": luo,
     "devices": devices,
+    "blackout": blackout,
     "explore": explore,
 }

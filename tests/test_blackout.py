@@ -302,3 +302,83 @@ def test_figures_that_are_inputs_come_out_again() -> None:
     first = rows["deferred init, 384 GiB a node, 1 thread"]
     assert first.is_input
     assert first.seconds == pytest.approx(1.7857, rel=0.01)
+
+
+# -- devices ------------------------------------------------------------------------------------
+
+DEVICES = """
+[machine]
+ram = "256M"
+snp = true
+devices = [{ name = "nic", kind = "nic" }, { name = "disk", kind = "nvme" }]
+[kernel]
+cmdline = "kho=on liveupdate=on"
+[[generation]]
+steps = [
+  { do = "guest", name = "memory", size = "8M", pages = 3 },
+  { do = "guest", name = "secret", size = "4M", pages = 3 },
+  { do = "vm", name = "vm", memory = "memory", vcpus = 2 },
+  { do = "vm", name = "hidden", memory = "secret", encrypted = true },
+  { do = "assign", vm = "vm", device = "nic" },
+  { do = "assign", vm = "vm", device = "disk" },
+  { do = "preserve_vm", vm = "vm" },
+  { do = "preserve_vm", vm = "hidden" },
+]
+[[generation]]
+steps = [{ do = "resume_vm", vm = "vm" }, { do = "resume_vm", vm = "hidden" }]
+"""
+
+
+def _device_counts(text: str = DEVICES, without: str = "") -> tuple[Counted, list[Event]]:
+    result, tally, events = played(text.replace('on"\n', f'on"\n{without}\n', 1))
+    (found,) = count_handovers(result, tally)
+    return found, events
+
+
+def test_what_is_asked_of_devices_is_counted_while_guests_stand() -> None:
+    """Functions found, registers written, firmware asked: from the stop on, and not before."""
+    counted, events = _device_counts()
+    stop = max(i for i, e in enumerate(events) if e.symbol == "kexec_file_load")
+    boot = next(i for i, e in enumerate(events) if e.generation == 1)
+    end = max(i for i, e in enumerate(events) if e.symbol == "luo_retrieve_file")
+    writes = {"dmar_writeq", "pci_write_config", "pci_write_msg_msix"}
+    asked = [i for i, e in enumerate(events) if e.symbol in writes]
+    assert number(counted, "boot", "scan_function_us") == 4  # two ports, two devices
+    assert number(counted, "freeze", "device_register_us") == sum(stop < i < boot for i in asked)
+    assert number(counted, "boot", "device_register_us") == sum(boot < i < end for i in asked) > 8
+    commands = [i for i, e in enumerate(events) if e.symbol == "sev_do_cmd"]
+    after = sum(i > boot for i in commands)
+    assert number(counted, "retrieve", "firmware_command_us") == after == 1
+    assert number(counted, "preserve", "shared_object_us") == 3  # PCI, IOMMU, SEV-SNP
+    assert number(counted, "boot", "shared_object_us") == 3
+    for cost in ("scan_function_us", "device_register_us", "firmware_command_us"):
+        assert not number(counted, "preserve", cost)
+
+
+def test_each_kind_of_file_has_its_own_cost() -> None:
+    """By the compatible strings that the handlers here have; no virtual machine is probed."""
+    counted, _ = _device_counts()
+    frozen = {it.handler: n for it, n in counted.counts.items() if it.cost == "freeze_file_us"}
+    assert frozen == {
+        "memfd-v2": 2,
+        "iommufd-v1": 1,
+        "vfio-pci-v1-running": 2,
+        "kvm_vm_luo_v1": 2,
+        "kvm_vcpu_luo_v1": 3,
+    }
+    costs = Costs.defaults()
+    for name in costs.by_handler:
+        assert frozen.keys() <= costs.by_handler[name].keys()
+    probed = [part for part in estimate(counted, costs).parts if part.item.cost == "probe_file_us"]
+    assert {part.item.handler for part in probed if part.seconds} == {"vfio-pci-v1-running"}
+
+
+def test_a_device_that_is_reset_costs_two_resets() -> None:
+    """The published first phase: 100 ms when it is frozen and 100 ms when it is opened anew."""
+    stages = {}
+    for without in ("", 'without = ["vfio"]'):
+        text = f'violations = ["device-not-reset"]\n{DEVICES}' if without else DEVICES
+        priced = estimate(_device_counts(text, without)[0], Costs.defaults())
+        stages[without] = priced.stage_seconds("freeze"), priced.stage_seconds("retrieve")
+    more = [b - a for a, b in zip(*stages.values(), strict=True)]
+    assert more == pytest.approx([0.2, 0.2], rel=0.01)

@@ -112,26 +112,96 @@ COSTS: dict[str, Default] = {
     "retrieve_memfd_folio_ns": Default(
         150, "folio put into a memfd's page cache", "assumption: a slot, a charge, an LRU list"
     ),
+    "shared_object_us": Default(
+        20,
+        "object that files share preserved or retrieved (PCI, IOMMU, SEV-SNP)",
+        "assumption: some pages of records; what they lead to is blocks",
+    ),
+    "scan_function_us": Default(
+        100, "PCI function found at boot", "assumption: some 100 configuration reads of 1 us"
+    ),
+    "device_register_us": Default(
+        1,
+        "register of a PCI function or an IOMMU written",
+        "assumption: an uncached write, and a read that orders it",
+    ),
+    "firmware_command_us": Default(
+        500, "command to the secure processor", "assumption: a mailbox and an interrupt"
+    ),
     "resume_session_us": Default(
         20000, "session whose guest resumes", "assumption: a VM made again, mapped and started"
     ),
 }
 """In the order of a live update."""
 
-_MEMFD = ("memfd-v1", "memfd-v2")
+_FLR = (
+    "derived: drivers/pci/pci.c:pcie_flr @ 7.3 waits 100 ms, for which a device may be silent "
+    "(PCIe base 6.6.2); the first phase of VFIO's series resets it here"
+)
+_AT_WORK = "assumption: the device goes on, and is not asked"
+_TABLES = "assumption: a record; its page tables are blocks"
+_VCPU = "assumption: registers, MSRs and extended state by ioctl"
+_NO_DEVICE = "assumption: no device"
 
 
-def _by_handler(value: float, each: str, source: str, memfd: float) -> dict[str, Default]:
-    memory = {name: Default(memfd, each, "assumption: no device") for name in _MEMFD}
-    return {"default": Default(value, each, source), **memory}
+def _by_handler(
+    each: str, default: tuple[float, str], **own: tuple[float, str]
+) -> dict[str, Default]:
+    # ``own`` by a short name of each handler; memfds of both versions cost the same.
+    names = {
+        "memfd": ("memfd-v1", "memfd-v2"),
+        "iommufd": ("iommufd-v1",),
+        "vfio_reset": ("vfio-pci-v1",),
+        "vfio": ("vfio-pci-v1-running",),
+        "vm": ("kvm_vm_luo_v1",),
+        "vcpu": ("kvm_vcpu_luo_v1",),
+    }
+    found = {"default": Default(default[0], each, default[1])}
+    for short, (value, source) in own.items():
+        found |= {name: Default(value, each, source) for name in names[short]}
+    return found
 
 
 BY_HANDLER: dict[str, dict[str, Default]] = {
-    "preserve_file_us": _by_handler(20, "file preserved", "assumption: some state saved", 5),
-    "freeze_file_us": _by_handler(20, "file frozen", "assumption: some registers read", 1),
-    "probe_file_us": _by_handler(
-        2000, "file whose device is probed again at boot", "assumption: no reset, no firmware", 0
+    "preserve_file_us": _by_handler(
+        "file preserved",
+        (20, "assumption: some state saved"),
+        memfd=(5, _NO_DEVICE),
+        iommufd=(5, _TABLES),
+        vfio_reset=(20, "assumption: some state saved"),
+        vfio=(20, "assumption: some state saved"),
+        vm=(5, _NO_DEVICE),
+        vcpu=(5, "assumption: room for its state"),
     ),
-    "retrieve_file_us": _by_handler(100, "file retrieved", "assumption: state put back", 20),
+    "freeze_file_us": _by_handler(
+        "file frozen",
+        (20, "assumption: some registers read"),
+        memfd=(1, _NO_DEVICE),
+        iommufd=(1, _NO_DEVICE),
+        vfio_reset=(100_000, _FLR),
+        vfio=(1, _AT_WORK),
+        vm=(1, _NO_DEVICE),
+        vcpu=(50, f"{_VCPU}, once it was kicked out of the guest"),
+    ),
+    "probe_file_us": _by_handler(
+        "file whose device is probed again at boot",
+        (2000, "assumption: no reset, no firmware"),
+        memfd=(0, _NO_DEVICE),
+        iommufd=(0, _NO_DEVICE),
+        vfio_reset=(200, "assumption: vfio-pci takes it as it is, and asks nothing of it yet"),
+        vfio=(200, "assumption: vfio-pci takes it as it is, and asks nothing of it"),
+        vm=(0, _NO_DEVICE),
+        vcpu=(0, _NO_DEVICE),
+    ),
+    "retrieve_file_us": _by_handler(
+        "file retrieved",
+        (100, "assumption: state put back"),
+        memfd=(20, _NO_DEVICE),
+        iommufd=(20, _TABLES),
+        vfio_reset=(100_000, f"{_FLR}, and here once more"),
+        vfio=(50, _AT_WORK),
+        vm=(200, "assumption: a machine made, without its memory"),
+        vcpu=(150, _VCPU),
+    ),
 }
 """By the ``compatible`` string of the file's handler; without what single folios cost."""

@@ -22,6 +22,8 @@ STAGES = ("preserve", "load", "freeze", "jump", "boot", "retrieve", "resume")
 BLACKOUT = STAGES[2:]
 _MIB = 1 << 20
 _RUNNING = "running"
+_ASKED_OF_DEVICES = ("scan_function_us", "device_register_us", "firmware_command_us")
+_REGISTERS = ("dmar_writeq", "amd_iommu_writeq", "pci_write_config", "pci_write_msg_msix")
 
 
 class Item(NamedTuple):
@@ -96,6 +98,11 @@ class Tally:
             "luo_preserve_file": self._preserve_file,
             "luo_file_freeze": self._freeze_file,
             "luo_retrieve_file": self._retrieve_file,
+            "luo_flb_file_preserve_one": self._shared_object,
+            "luo_flb_retrieve_one": self._shared_object,
+            "pci_scan_root_bus": self._scan,
+            **dict.fromkeys(_REGISTERS, self._register),
+            "sev_do_cmd": self._firmware,
             "memblock_reserve": self._memblock_place,
             "memblock_reserve_kern": self._memblock_place,
         }
@@ -126,7 +133,7 @@ class Tally:
 
     def _booted(self) -> None:
         if self._arriving is None:
-            self._preserved += self._found
+            self._guests_run()
         else:
             if self._arriving.preserved_pages:
                 self._found["walk_table_ns", ""] += self._last_map_pages
@@ -144,8 +151,14 @@ class Tally:
     def _buffer(self, event: Event) -> None:
         self._buffers[event.args["name"]] = event.args["memsz"]
 
+    def _guests_run(self) -> None:
+        # What is asked of devices until the load is no part of an update: guests get them then.
+        for key, number in self._found.items():
+            if key[0] not in _ASKED_OF_DEVICES:
+                self._preserved[key] += number
+
     def _load(self, event: Event) -> None:
-        self._preserved += self._found
+        self._guests_run()
         self._found = Counter()
         self._image = {name: self._buffers.get(name, 0) for name in event.args["segments"]}
         self._at_load = self._nr
@@ -217,6 +230,21 @@ class Tally:
     def _freeze_file(self, event: Event) -> None:
         for compatible in event.args["compatible"]:
             self._count("freeze_file_us", 1, compatible)
+
+    # -- devices, in both kernels ---------------------------------------------------------------
+
+    def _shared_object(self, event: Event) -> None:
+        if not event.result:
+            self._count("shared_object_us")
+
+    def _scan(self, event: Event) -> None:
+        self._count("scan_function_us", event.result)
+
+    def _register(self, event: Event) -> None:
+        self._count("device_register_us")
+
+    def _firmware(self, event: Event) -> None:
+        self._count("firmware_command_us")
 
     # -- in the new kernel ----------------------------------------------------------------------
 
