@@ -20,6 +20,7 @@ __all__ = ("map_memory", "recycle")
 
 _MAP_NORESERVE = 0x4000
 _MAX_KEPT_BYTES = 8 << 20
+_HEAP_BYTES = 1 << 20
 _kept: list[mmap.mmap] = []  # one at most
 
 
@@ -49,6 +50,9 @@ def _map(len_bytes: int) -> mmap.mmap:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     mapping = mmap.mmap(-1, len_bytes, flags=flags)
     mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    # glibc gives the top of its heap back above 128 KiB, less than what a machine needs beside its
+    # RAM, so that each would fault it in anew. A large block that is freed teaches it to keep more.
+    np.empty(_HEAP_BYTES, dtype=np.uint8)
     return mapping
 
 
