@@ -69,6 +69,13 @@ class MapMachine(RuleBasedStateMachine):
             self.forget(start, end)
             self.pages.update(dict.fromkeys(range(start, end), state))
 
+    @rule(runs=st.lists(st.tuples(spans, states), max_size=6))
+    def set_each(self, runs: list[tuple[tuple[int, int], PageState]]) -> None:
+        self.map.set_each((*span, state) for span, state in runs)
+        for span, state in runs:
+            self.forget(*span)
+            self.pages.update(dict.fromkeys(range(*span), state))
+
     @rule(span=spans)
     def clear(self, span: tuple[int, int]) -> None:
         self.map.clear(*span)

@@ -171,12 +171,11 @@ def _memblock_free_all(kernel: Kernel) -> None:
     _check_ram(kernel)
     ranges = memblock.free_ranges()
     reserved = [
-        (start_pfn, end_pfn)
+        (start_pfn, end_pfn, _RESERVED)
         for start_pfn, end_pfn, _nid, _flags in memblock.reserved_ranges()
         if pages.zone_of(start_pfn) is not None or pages.pieces_in(start_pfn, end_pfn)
     ]
-    for start_pfn, end_pfn in reserved:
-        pages.pages.set(start_pfn, end_pfn, _RESERVED)
+    pages.pages.set_each(reserved)
     for start_pfn, end_pfn, nid in ranges:
         pages.memblock_free_pages(start_pfn, end_pfn, nid)
 

@@ -225,8 +225,8 @@ def alloc_units(
     memblock = kernel.memblock
     low = kernel.arch.dma_address if low is None else low
     while count:
-        gap = top_gap(kernel, unit, nid, low, memblock.current_limit)
-        if gap is None or count == 1:
+        gap = None if count == 1 else top_gap(kernel, unit, nid, low, memblock.current_limit)
+        if gap is None:
             # No room above the wanted address, or on this node: the single call falls back.
             if not memblock.memblock_alloc_try_nid_raw(unit, unit, low, _NOLEAKTRACE, nid):
                 return count

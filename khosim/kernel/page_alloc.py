@@ -195,8 +195,12 @@ class PageAllocator(ZoneLayout):
                 if count > left:
                     count = left
                     zone.keep_first(UNMOVABLE, pfn, found, count << order)
-                taken.append((pfn, count))
                 left -= count
+                if taken and taken[-1][0] + (taken[-1][1] << order) == pfn:
+                    # What a block left when it was split: its neighbours, each twice as large.
+                    pfn, before = taken.pop()
+                    count += before
+                taken.append((pfn, count))
         return left
 
     def _alloc_in_chunks(
