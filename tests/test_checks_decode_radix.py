@@ -112,6 +112,46 @@ def test_any_set_comes_back(case: tuple[int, list[tuple[int, int]]]) -> None:
     assert sorted(found.table_pages) == [pfn * page_size for pfn in sorted(tree.pages)]
 
 
+@pytest.mark.parametrize("depth", range(5))
+def test_a_pointer_into_the_midst_of_a_page_is_no_table(depth: int) -> None:
+    """At no level is it followed, though there is memory to read."""
+    tree = Tree()
+    for pfn in (3, 0x9000, 0x400000):
+        tree.add(tree.key(pfn, 0))
+    path = tree.path(tree.key(3, 0))
+    spoil = (path[depth + 1] << tree.shift) + 8
+    struct.pack_into("<Q", tree.pages[path[depth]], 8 * 511, spoil)
+    found = tree.read()
+    assert codes(found) <= {"radix-unaligned", "radix-key"}
+    assert found.problems
+    assert spoil not in found.table_pages
+
+
+@settings(max_examples=150)
+@given(
+    case=block_lists(),
+    damage=st.lists(st.tuples(st.randoms(use_true_random=False), st.integers(0, 7)), max_size=2),
+)
+def test_levels_at_once_and_page_by_page(
+    case: tuple[int, list[tuple[int, int]]], damage: list[tuple[random.Random, int]]
+) -> None:
+    """A cap that is never met keeps the reader from its short way: what it finds is the same."""
+    page_size, blocks = case
+    tree = Tree(page_size)
+    for pfn, order in blocks:
+        tree.add(tree.key(pfn, order))
+    for rng, kind in damage:
+        phys = rng.choice(list(tree.pages)) << tree.shift
+        other = rng.choice(list(tree.pages)) << tree.shift
+        wild = (0, other, phys, other + 8, 5 << tree.shift, rng.randrange(1 << 64), 1 << 63, 1)
+        page = tree.pages[phys >> tree.shift]
+        struct.pack_into("<Q", page, 8 * rng.randrange(page_size // 8), wild[kind])
+    short, long = tree.read(), tree.read(max_table_pages=1 << 17)
+    assert short.problems == long.problems
+    assert short.table_pages == long.table_pages
+    assert expand(short) == expand(long)
+
+
 @pytest.mark.parametrize("page_size", list(SHAPE))
 def test_geometry(page_size: int) -> None:
     """Depths of the three page sizes are those of the format's table."""

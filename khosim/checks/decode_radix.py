@@ -15,6 +15,7 @@ shallower tree that kernels with 16 KiB pages built before 7.1.
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ _MAX_TABLE_PAGES = 1 << 18
 _MAX_RUNS = 1 << 22
 _MAX_REJECTS = 1 << 16
 _FEW_RUNS = 32
+_FEW_TABLES = 32  # of one level, read at once
 _FEW_WORDS = 6  # leaves with up to this many non-zero words are scanned without unpacking bits
 _PHYS_BITS = 52  # no x86-64 or arm64 machine addresses more; a block as large cannot be
 _IMPOSSIBLE_KEYS = 1 << (64 - _PHYS_BITS + 1)
@@ -83,11 +85,61 @@ def decode_preserved(
     elif map_phys & (page_size - 1):
         log.add("radix-unaligned", map_phys, "the root table does not start on a page")
     else:
-        _Walk(reader, geo, page_size, log, runs, tables).run(map_phys, max_table_pages, max_runs)
+        small = None
+        if min(max_table_pages, max_runs) >= _MAX_TABLE_PAGES:
+            small = _small_sound_tree(reader, geo, map_phys)
+        if small is None:
+            walk = _Walk(reader, geo, page_size, log, runs, tables)
+            walk.run(map_phys, max_table_pages, max_runs)
+        else:
+            tables, leaves = small
+            for phys, page, key in leaves:
+                runs.leaf(phys, page, key)
     order, start_pfn, nr_blocks = runs.arrays()
     for array in (order, start_pfn, nr_blocks):
         array.flags.writeable = False
     return Preserved(page_size, order, start_pfn, nr_blocks, tuple(tables), log.done())
+
+
+def _small_sound_tree(
+    reader: Reader, geo: Geometry, root: int
+) -> tuple[list[int], list[tuple[int, bytes, int]]] | None:
+    """``(tables, leaves)`` as :class:`_Walk` finds them, or None where it has more to say.
+
+    Reads a level of tables at a time, while they are few and there is nothing wrong with them. The
+    leaves are ``(phys, content, key of the first bit)`` with ascending keys.
+    """
+    nodes, keys = [root], [0]
+    in_page = (1 << geo.page_shift) - 1
+    found: list[tuple[int, int, int]] = []  # in this order: (key, levels above, address)
+    for depth in range(geo.depth):
+        found += zip(keys, repeat(depth), nodes)
+        try:
+            pages = [reader.read(phys, in_page + 1) for phys in nodes]
+        except RamFault:
+            return None
+        level = geo.depth - 1 - depth
+        if not level:
+            break
+        filled, nodes = _filled_words(b"".join(pages) if len(pages) > 1 else pages[0])
+        if not filled:
+            pages, keys = [], []
+            break
+        shift, table_mask = geo.level_shift(level), (1 << geo.table_shift) - 1
+        keys = [
+            keys[at >> geo.table_shift] | (at & table_mask) << shift for at in filled
+        ]
+        if len(nodes) > _FEW_TABLES or keys[-1] >> geo.key_width:
+            return None
+        for phys in nodes:
+            if phys & in_page:
+                return None
+    if len({phys for _, _, phys in found}) < len(found):
+        return None
+    found.sort()
+    zeros = bytes(in_page + 1)
+    leaves = [leaf for leaf in zip(nodes, pages, keys, strict=True) if leaf[1] != zeros]
+    return [phys for _, _, phys in found], leaves
 
 
 class _Walk:

@@ -59,7 +59,7 @@ class _Bytes:
 class Keepsake:
     """The content of ``ranges`` (sorted, disjoint, in pages) when this was made."""
 
-    __slots__ = ("_content", "_digests", "_frames", "_memory", "_page_size", "_shift", "ranges")
+    __slots__ = ("_digests", "_frames", "_memory", "_page_size", "_runs", "_shift", "ranges")
 
     def __init__(self, memory: Memory, ranges: Ranges, page_size: int) -> None:
         self._memory = memory
@@ -67,10 +67,11 @@ class Keepsake:
         self.ranges = ranges
         self._shift = page_size.bit_length() - 1
         self._digests: Digests | None = None
-        frames = self._worth_reading(ranges)
+        self._frames = frames = self._worth_reading(ranges)
+        self._runs: list[tuple[int, bytes]] = []
         if len(frames) << self._shift <= _COPY_BYTES:
-            self._frames = frames
-            self._content = self._words(frames)
+            data = memory.data
+            self._runs = [(start, data[start:end].tobytes()) for start, end in self._pieces(frames)]
         else:
             self._digests = self._digest(frames)
 
@@ -88,28 +89,50 @@ class Keepsake:
         return [pfn for pfn, is_inside in zip(pages, inside, strict=True) if is_inside]
 
     def _differing(self, ranges: Ranges, now: I64) -> list[int]:
-        frames, before = self._frames, self._content
+        frames, data = self._frames, self._memory.data
+        if now.tobytes() == frames.tobytes():
+            for start, kept in self._runs:
+                if data[start : start + len(kept)].tobytes() != kept:
+                    break
+            else:
+                return []  # all of it is there as it was
+        before = self._content()
         if len(now) != len(frames) or (now != frames).any():
             # Pages that one of both moments does not know were zero then.
             asked = np.array(holds(ranges, frames), dtype=np.bool_)
             known, before = frames[asked], before[asked]
             frames = now
             if len(known) != len(now) or (known != now).any():
-                frames, kept = np.union1d(known, now), before
+                frames, kept_rows = np.union1d(known, now), before
                 before = np.zeros((len(frames), self._page_size >> 3), dtype=np.uint64)
-                before[frames.searchsorted(known)] = kept
+                before[frames.searchsorted(known)] = kept_rows
         found: list[int] = []
+        pages = data.view(np.uint64).reshape(-1, self._page_size >> 3)
         for first in range(0, len(frames), _BATCH_PAGES):
             some = slice(first, first + _BATCH_PAGES)
-            differs = before[some] != self._words(frames[some])
+            differs = before[some] != pages.take(frames[some], axis=0)
             if differs.any():
                 found += frames[some][differs.any(axis=1)].tolist()
         return found
 
-    def _words(self, frames: I64) -> NDArray[np.uint64]:
-        # The pages' content, a page in each row.
-        pages = self._memory.data.view(np.uint64).reshape(-1, self._page_size >> 3)
-        return pages.take(frames, axis=0)
+    def _content(self) -> NDArray[np.uint64]:
+        # The kept pages' content, a page in each row.
+        content = np.frombuffer(b"".join(kept for _, kept in self._runs), dtype=np.uint64)
+        return content.reshape(-1, self._page_size >> 3)
+
+    def _pieces(self, frames: I64) -> list[tuple[int, int]]:
+        # Neighbouring frames as (start, end) in bytes.
+        pieces: list[tuple[int, int]] = []
+        first = end = -1
+        for pfn in frames.tolist():
+            if pfn != end:
+                if end >= 0:
+                    pieces.append((first << self._shift, end << self._shift))
+                first = pfn
+            end = pfn + 1
+        if end >= 0:
+            pieces.append((first << self._shift, end << self._shift))
+        return pieces
 
     def _digest(self, frames: I64) -> Digests:
         step = np.ones(len(frames) + 1, dtype=np.bool_)
