@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from khosim import KernelPanic, Machine
 from khosim.kernel.kho_chunks import KhoChunks
-from khosim.kernel.kho_radix import kho_encode_radix_key
+from khosim.kernel.kho_radix_key import kho_encode_radix_key
 from khosim.kernel.release import Release, find_release
 
 MIB = 1 << 20

@@ -12,7 +12,7 @@ import pytest
 from khosim import KernelError, KernelPanic, KhoSimError, Machine
 from khosim.abi import fdt
 from khosim.kernel.kho_in import KHO_PAGE_MAGIC, KhoIn
-from khosim.kernel.kho_radix import kho_encode_radix_key
+from khosim.kernel.kho_radix_key import kho_encode_radix_key
 from khosim.kernel.memblock import MEMBLOCK_RSRV_NOINIT
 
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from khosim.kernel.boot import boot
 from khosim.kernel.bootloader import load_kernel
 from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.kho_out import int_shift
-from khosim.kernel.kho_radix import kho_decode_radix_key
+from khosim.kernel.kho_radix_key import kho_decode_radix_key
 from khosim.kernel.release import find_release
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30

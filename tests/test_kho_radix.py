@@ -19,12 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import khosim
 from khosim.errors import KernelPanic
 from khosim.kernel.arch import Arch, find_arch
-from khosim.kernel.kho_radix import (
-    KhoRadixTree,
-    key_base,
-    kho_decode_radix_key,
-    kho_encode_radix_key,
-)
+from khosim.kernel.kho_radix import KhoRadixTree
+from khosim.kernel.kho_radix_key import key_base, kho_decode_radix_key, kho_encode_radix_key
 from khosim.machine.ram import Ram
 
 GOLDEN = Path(__file__).parent / "golden" / "captures"

@@ -8,7 +8,8 @@ import pytest
 
 from khosim import Machine
 from khosim.kernel.arch import find_arch
-from khosim.kernel.kho_radix import KhoRadixTree, kho_encode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree
+from khosim.kernel.kho_radix_key import kho_encode_radix_key
 from khosim.kernel.kho_scratch import (
     ScratchSizes,
     kho_extend_scratch,
@@ -486,10 +487,10 @@ class Nodes:
         return BY
 
 
-def extended(blocks, *, end=16 * GIB, tree_at=0, holes=(), left=1 << 20):
+def extended(blocks, *, end=16 * GIB, tree_at=0, holes=(), left=1 << 20, scratch=()):
     """Scratch-flagged memory after the extension, in GiB, with ``(phys, order)`` blocks preserved.
 
-    The predecessor's tables lie from ``tree_at`` on.
+    The predecessor's tables lie from ``tree_at`` on, those of the extension from 8 MiB on.
     """
     ram = Ram(end)
     tree = KhoRadixTree(Nodes(ram, tree_at or 4096))
@@ -499,6 +500,8 @@ def extended(blocks, *, end=16 * GIB, tree_at=0, holes=(), left=1 << 20):
     memblock = a_memblock((0, end, 0))
     for start, stop in holes:
         memblock.memblock_remove(start, stop - start)
+    for start, stop in scratch:
+        memblock.memblock_mark_kho_scratch(start, stop - start)
     said: list[str] = []
     busy = Nodes(ram, 8 * MIB, left)
     kho_extend_scratch(memblock, busy, tree, said.append)
@@ -552,6 +555,19 @@ def test_the_end_of_memory_need_not_be_a_whole_gib():
     """The rest after the last busy block counts to the last byte of memory."""
     assert extended([(GIB, 0)], end=2 * GIB + 512 * MIB)[0] == [(2, 2.5)]
     assert extended([(2 * GIB, 0)], end=2 * GIB + 512 * MIB)[0] == [(1, 2)]
+
+
+def test_a_tree_in_scratch_is_overwritten_while_it_is_read():
+    """Of a tree where the busy one comes to lie, the walk finds what is left when it gets there.
+
+    The second page of the busy tree is taken when the root of the other is told, before a look at
+    what it holds. Elsewhere in scratch nothing is lost.
+    """
+    block, scratch = [(9 * GIB, 0)], [(0, 64 * MIB)]
+    lost, _ = extended(block, tree_at=8 * MIB + 4096, scratch=scratch)
+    assert lost == [(0, 1 / 16), (1, 16)]
+    kept, _ = extended(block, tree_at=10 * MIB, scratch=scratch)
+    assert kept == [(0, 1 / 16), (1, 9), (10, 16)]
 
 
 @pytest.mark.parametrize("left", [0, 1, 3])

@@ -13,7 +13,8 @@ from khosim import Machine
 from khosim.kernel.image import KernelConfig
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.kho_chunks import KhoChunks
-from khosim.kernel.kho_radix import KhoRadixTree, kho_encode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree
+from khosim.kernel.kho_radix_key import kho_encode_radix_key
 from khosim.kernel.kho_tracker import BlockTracker, no_memory
 from khosim.kernel.release import Release, find_release
 

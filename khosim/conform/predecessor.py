@@ -13,7 +13,8 @@ from khosim.abi import fdt
 from khosim.capture.folder import CapturedGeneration
 from khosim.errors import InputError, KernelPanic
 from khosim.kernel.arch import Arch, find_arch
-from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree
+from khosim.kernel.kho_radix_key import kho_decode_radix_key
 from khosim.kernel.kho_scratch import kho_extend_scratch
 from khosim.kernel.memblock import Memblock
 from khosim.machine.ram import MAX_PHYS, Ram

@@ -15,7 +15,8 @@ from khosim.checks.reader import Reader
 from khosim.conform.rebuild_fdt import first_difference
 from khosim.errors import RamFault
 from khosim.kernel.arch import Arch
-from khosim.kernel.kho_radix import KhoRadixTree, kho_encode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree
+from khosim.kernel.kho_radix_key import kho_encode_radix_key
 from khosim.machine.ram import Ram
 
 __all__ = ("compare_tree",)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 
-from khosim.kernel.kho_radix import kho_encode_radix_key
+from khosim.kernel.kho_radix_key import kho_encode_radix_key
 from khosim.kernel.page_map import ALLOCATED, INCOMING
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from khosim.kernel.early_ioremap import early_fault, early_memremap
 from khosim.kernel.folio_range import restore_plain_folio
 from khosim.kernel.kho_fdt import child_props
 from khosim.kernel.kho_out import int_shift
-from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree
+from khosim.kernel.kho_radix_key import kho_decode_radix_key
 from khosim.kernel.kho_reserve import leave_uninitialised, reserve_blocks
 from khosim.kernel.kho_scratch import kho_extend_scratch, read_scratch_array
 from khosim.kernel.kho_tracker import make_tracker
@@ -206,9 +207,7 @@ class KhoIn:
         runs: list[tuple[int, int, int]] = []
         missing_from = self._kernel.first_missing_struct_page
         shift = self._kernel.arch.page_shift
-        for nr_keys, key in self.tree.walk():
-            if not nr_keys:
-                continue
+        for nr_keys, key in self.tree.runs():
             if (key + nr_keys - 1).bit_length() == key.bit_length():
                 decoded = [(*kho_decode_radix_key(key, shift), nr_keys)]
             else:  # across an order: no neighbours

@@ -22,7 +22,8 @@ from khosim.abi import fdt
 from khosim.abi.kexec_metadata import KHO_METADATA_NODE_NAME, pack_kexec_metadata
 from khosim.errors import KernelError, KernelPanic, KhoSimError
 from khosim.kernel.kho_fdt import new_root_fdt, with_subtree
-from khosim.kernel.kho_radix import KhoRadixTree, Pfns, key_base, kho_encode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree, Pfns
+from khosim.kernel.kho_radix_key import key_base, kho_encode_radix_key
 from khosim.kernel.kho_tracker import make_tracker
 
 if TYPE_CHECKING:

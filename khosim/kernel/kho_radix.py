@@ -1,6 +1,6 @@
 """The radix tree of preserved memory, in pages of RAM.
 
-Models ``kernel/liveupdate/kexec_handover.c:kho_radix_*`` and ``kho_encode_radix_key`` @ 7.3. The
+Models ``kernel/liveupdate/kexec_handover.c:kho_radix_*`` @ 7.3. The
 tree is bytes in RAM and nothing else: every call walks the tables again, and tables come from the
 page allocator, or from memblock before it is up. Errors are negative errnos, as in the kernel.
 
@@ -12,7 +12,7 @@ has two ways to a page), is reported as a hang: the real walk would not end in u
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import numpy as np
@@ -29,43 +29,17 @@ from khosim.kernel.kho_radix_bits import (
     used_words,
 )
 from khosim.kernel.kho_radix_memory import NodeMemory
+from khosim.kernel.kho_radix_sound import read_sound_tree
 
-__all__ = (
-    "KhoRadixTree",
-    "Pfns",
-    "key_base",
-    "kho_decode_radix_key",
-    "kho_encode_radix_key",
-)
+__all__ = ("KhoRadixTree", "Pfns")
 
 Keys = npt.NDArray[np.uint64]
 Pfns = npt.NDArray[np.int64]
 _FEW_KEYS = 64
 _MANY_LEAVES = 8  # leaves of one table from which numpy reads them together
 _BATCH_LEAVES = 64
-_REPEATS_MAX, _U64 = 1 << 15, (1 << 64) - 1
+_REPEATS_MAX = 1 << 15
 _WARN = "WARNING: {}: tree has no root"
-
-
-def key_base(order: int, page_shift: int) -> int:
-    """The order bit of every key of ``order``: the key of the block at address 0."""
-    shift = page_shift + order
-    return 1 << (64 - shift) if shift <= 64 else 0
-
-
-def kho_encode_radix_key(phys: int, order: int, page_shift: int) -> int:
-    """``kho_encode_radix_key``: one number for a block's address (bytes) and order."""
-    return key_base(order, page_shift) | (phys >> (page_shift + order))
-
-
-def kho_decode_radix_key(key: int, page_shift: int) -> tuple[int, int]:
-    """``kho_decode_radix_key``: ``(phys, order)`` of any 64-bit key.
-
-    The shift works as the CPU's does, by its low six bits, and drops what leaves 64 bits. Of a key
-    wider than any that can be added the order is negative, where the kernel's is unsigned.
-    """
-    shift = 65 - key.bit_length()
-    return (key << (shift & 63)) & _U64, shift - page_shift
 
 
 class KhoRadixTree:
@@ -291,6 +265,28 @@ class KhoRadixTree:
             part if isinstance(part, list) else zip(*map(np.ndarray.tolist, part), strict=True)
             for part in self._walk()
         )
+
+    def read_at_once(self) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """All that :meth:`walk` yields, faster: ``(pages, runs)``, or None where only it can tell.
+
+        For callers that write to none of these pages until they are done.
+        """
+        if not self.root:
+            return None
+        words = self._memory.ram.words
+        found = read_sound_tree(words, self.root, self._shifts, self._page_size)
+        if found is not None and not self._mapped.issuperset(found[0]):
+            try:
+                for node in found[0]:
+                    self._map(node)
+            except KernelPanic:
+                return None  # in its turn
+        return found
+
+    def runs(self) -> Iterable[tuple[int, int]]:
+        """The ``(nr_keys, first_key)`` of :meth:`walk`, for such callers."""
+        found = self.read_at_once()
+        return (run for run in self.walk() if run[0]) if found is None else found[1]
 
     def walk_arrays(self) -> Iterator[tuple[Pfns, Keys]]:
         """:meth:`walk` in arrays: of each pair a number in the one and in the other."""

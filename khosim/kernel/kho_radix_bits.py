@@ -16,6 +16,7 @@ __all__ = (
     "runs_of_bits",
     "runs_of_leaves",
     "set_bits",
+    "sparse_runs",
     "used_words",
 )
 
@@ -41,7 +42,7 @@ def runs_of_bits(words: Words, base: int) -> list[tuple[int, int]]:
     """
     indexes, values = used_words(words)
     if len(indexes) <= _SPARSE_WORDS:
-        return _sparse_runs(indexes, values, base)
+        return sparse_runs(indexes, values, [base], words.size.bit_length() + 5)
     counts, firsts, _ = runs_of_leaves(words.reshape(1, -1), np.array([base], dtype=np.int64))
     return list(zip(counts.tolist(), firsts.tolist(), strict=True))
 
@@ -68,8 +69,15 @@ def runs_of_leaves(words: Words, bases: Numbers) -> tuple[Numbers, Numbers, Numb
     return edges[1:] - edges[:-1], bases[rows] | (firsts & ((1 << width) - 1)), rows
 
 
-def _sparse_runs(indexes: list[int], words: list[int], base: int) -> list[tuple[int, int]]:
+def sparse_runs(
+    indexes: list[int], words: list[int], bases: list[int], leaf_bits: int
+) -> list[tuple[int, int]]:
+    """:func:`runs_of_bits` of bitmaps that lie in a row, from their words that are not 0.
+
+    Each bitmap has ``1 << leaf_bits`` bits and its own one of ``bases``; ``indexes`` count through.
+    """
     found: list[tuple[int, int]] = []
+    inside = (1 << leaf_bits) - 1
     start = count = 0
     for index, word in zip(indexes, words, strict=True):
         at = index << 6
@@ -78,16 +86,16 @@ def _sparse_runs(indexes: list[int], words: list[int], base: int) -> list[tuple[
             word >>= skip
             at += skip
             ones = (~word & (word + 1)).bit_length() - 1
-            if count and start + count == at:
+            if count and start + count == at and at & inside:
                 count += ones
             else:
                 if count:
-                    found.append((count, base | start))
+                    found.append((count, bases[start >> leaf_bits] | (start & inside)))
                 start, count = at, ones
             word >>= ones
             at += ones
     if count:
-        found.append((count, base | start))
+        found.append((count, bases[start >> leaf_bits] | (start & inside)))
     return found
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import errno
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
 from khosim.kernel.arch import Arch
-from khosim.kernel.kho_radix import KhoRadixTree, kho_decode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree
+from khosim.kernel.kho_radix_key import kho_decode_radix_key
 from khosim.kernel.kho_radix_memory import NodeMemory
 from khosim.kernel.memblock import Memblock
+from khosim.kernel.memblock_regions import MEMBLOCK_KHO_SCRATCH
 from khosim.kernel.release import Release
 from khosim.machine.ram import Ram
 from khosim.units import memparse
@@ -33,6 +36,7 @@ _U32_MAX = (1 << 32) - 1
 _U64 = (1 << 64) - 1
 _MAX_PHYS = 64 << 40
 _EXT_SHIFT = 30  # KHO_SCRATCH_EXT_BLKSHIFT: blocks of 1 GiB
+_FEW_BLOCKS = 1 << 10
 _ANYWHERE = _U64
 
 
@@ -237,7 +241,9 @@ def kho_extend_scratch(
     error = busy.init_tree()
     if not error:
         end = min(memblock.memblock_end_of_DRAM(), _MAX_PHYS)
-        error = _find_busy_blocks(tree, busy, memory.arch.page_shift, end >> _EXT_SHIFT)
+        error = _find_busy_blocks(
+            tree, busy, memblock, memory.arch.page_shift, end >> _EXT_SHIFT
+        )
         if not error:
             error = _mark_free_blocks(memblock, busy)
         busy.destroy()
@@ -246,9 +252,16 @@ def kho_extend_scratch(
 
 
 def _find_busy_blocks(
-    tree: KhoRadixTree, busy: KhoRadixTree, page_shift: int, last_block: int
+    tree: KhoRadixTree, busy: KhoRadixTree, memblock: Memblock, page_shift: int, last_block: int
 ) -> int:
     # Blocks beyond the end of memory change nothing of what is marked; a hostile tree has billions.
+    few = _busy_blocks_at_once(tree, memblock, last_block)
+    if few is not None:
+        for first in few:
+            error, _ = busy.add_run(first, 1)
+            if error:
+                return error
+        return 0
     known: set[int] = set()
     for nr_keys, value in tree.walk():
         if nr_keys == 0:
@@ -280,6 +293,37 @@ def _find_busy_blocks(
     return 0
 
 
+def _busy_blocks_at_once(
+    tree: KhoRadixTree, memblock: Memblock, last_block: int
+) -> set[int] | None:
+    # Of a sound tree with few blocks, all of whose bits come into one leaf of the other: then the
+    # order in which they are found makes no difference. None where it may.
+    found = tree.read_at_once()
+    if found is None:
+        return None
+    pages, runs = found
+    blocks = {page >> _EXT_SHIFT for page in pages}
+    for nr_keys, key in runs:
+        bits = key.bit_length()
+        if (key + nr_keys - 1).bit_length() != bits:
+            return None
+        shift = (65 - bits) & 63
+        phys = (key << shift) & _U64
+        first, last = phys >> _EXT_SHIFT, (phys + (nr_keys << shift) - 1) >> _EXT_SHIFT
+        if last - first > _FEW_BLOCKS:
+            return None
+        blocks.update(range(first, last + 1))
+    if max(blocks) > min(last_block, _FEW_BLOCKS):
+        return None
+    # The other tree's pages come from scratch, where they may overwrite this one's.
+    pages.sort()
+    memory = memblock.memory
+    for start, end, flags in zip(memory.base, memory.end, memory.flags, strict=True):
+        if flags & MEMBLOCK_KHO_SCRATCH and bisect_left(pages, start) < bisect_left(pages, end):
+            return None
+    return blocks
+
+
 def _blocks_of_run(key: int, nr_keys: int, page_shift: int) -> Iterator[tuple[int, int]]:
     # Consecutive keys are neighbouring blocks unless they cross an order border. The end of the
     # last block of the address space wraps to 0, so that the kernel's loop leaves it out.
@@ -294,9 +338,7 @@ def _blocks_of_run(key: int, nr_keys: int, page_shift: int) -> Iterator[tuple[in
 
 def _mark_free_blocks(memblock: Memblock, busy: KhoRadixTree) -> int:
     free_from = 0
-    for nr_keys, key in busy.walk():
-        if nr_keys == 0:
-            continue
+    for nr_keys, key in busy.runs():
         start = key << _EXT_SHIFT
         if start > free_from:
             error = memblock.memblock_mark_kho_scratch(free_from, start - free_from)

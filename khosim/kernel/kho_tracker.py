@@ -16,7 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from khosim.errors import InputError, KernelPanic
-from khosim.kernel.kho_radix import KhoRadixTree, Pfns, kho_decode_radix_key, kho_encode_radix_key
+from khosim.kernel.kho_radix import KhoRadixTree, Pfns
+from khosim.kernel.kho_radix_key import kho_decode_radix_key, kho_encode_radix_key
 from khosim.kernel.kmalloc_cache import KmallocCache
 from khosim.plugins import loaded_plugin
 

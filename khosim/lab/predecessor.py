@@ -23,7 +23,7 @@ from khosim.kernel.boot import boot
 from khosim.kernel.bootloader import load_kernel
 from khosim.kernel.image import KernelConfig, KernelImage
 from khosim.kernel.kernel import Kernel
-from khosim.kernel.kho_radix import kho_decode_radix_key
+from khosim.kernel.kho_radix_key import kho_decode_radix_key
 from khosim.kernel.release import RELEASES, Release
 from khosim.lab.belongings import Belongings, fill_kernel
 from khosim.lab.guest_ram import GuestRam

@@ -12,7 +12,7 @@ from typing import Any
 
 from khosim.errors import HardwareFault, KernelPanic
 from khosim.kernel.kernel import Kernel
-from khosim.kernel.kho_radix import kho_decode_radix_key
+from khosim.kernel.kho_radix_key import kho_decode_radix_key
 from khosim.kernel.kho_scratch import ScratchSizes
 from khosim.units import format_size
 
