@@ -10,9 +10,11 @@ import pytest
 from khosim import Machine
 from khosim.errors import InputError
 from khosim.machine.devices import (
+    Amd,
     Bridge,
     Endpoint,
     GuestWrite,
+    Part,
     Snp,
     Transfer,
     Vtd,
@@ -287,3 +289,11 @@ def test_the_program_in_the_document_runs() -> None:
     cells = " ".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))
     outcomes = {"done", "peer", "interrupt", "fault", "rmp", "unclaimed", "master-abort"}
     assert outcomes <= set(re.findall(r"`([a-z-]+)`", cells))
+
+
+@pytest.mark.parametrize("part", [Vtd(), Amd(), Snp()], ids=lambda part: type(part).__name__)
+def test_what_stands_in_no_arm64_machine(part: Part) -> None:
+    """Units and the secure processor are of x86-64; functions are of any."""
+    assert Machine("64M", arch="arm64", devices=[Endpoint("0000:00:01.0")], checks=False)
+    with pytest.raises(InputError, match="arm64"):
+        Machine("64M", arch="arm64", devices=[part])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +71,8 @@ def test_names_stand_for_functions_behind_ports_of_their_own() -> None:
         ("", '{ do = "misbehave", device = "nic", refuses = "NO" }', "not the name of an errno"),
         ("", '{ do = "clock", every = 3, chance = 0.5 }', "does not go together"),
         ("", '{ do = "clock", every = 0 }', "below 1"),
+        ('arch = "arm64"\niommu = true', "", "iommu: none stands in a machine of arm64"),
+        ('arch = "arm64"\nsnp = true', "", "snp: none stands"),
     ],
 )
 def test_what_makes_no_sense_is_said_in_one_line(machine: str, steps: str, cause: str) -> None:
@@ -144,6 +148,16 @@ def test_a_piece_that_is_left_out_makes_one_invariant_speak(piece: str) -> None:
     assert result.ok, result.failures
 
 
+def test_the_table_of_the_readme_is_the_scenarios() -> None:
+    """Each row is a command that runs, beside what speaks then: as the scenario promises it."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| `khosim run (\S+) --without (\S+)` \| `(\S+)` \|", text)
+    assert {piece for _, piece, _ in rows} == set(PIECES)
+    for name, piece, speaks in rows:
+        scenario = load_scenario(name, overrides=Overrides(without=(piece,)))
+        assert scenario.violations == {speaks}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_with_all_pieces_nothing_speaks_whenever_devices_act(seed: int) -> None:
     """Other moments, other pages: all invariants hold."""
@@ -169,6 +183,9 @@ def test_steps_that_cannot_be_carried_out() -> None:
     ):
         with pytest.raises(InputError, match=cause):
             _play(steps)
+    small = _text('{ do = "assign", vm = "vm", device = "gpu0", buffers = 8 }')
+    with pytest.raises(InputError, match="no page left that nobody writes to"):
+        play(parse_scenario(small.replace('size = "8M"', 'size = "64K"'), "t"))
     bare = '[machine]\nram = "64M"\n[[generation]]\nsteps = [{ do = "tick" }]'
     with pytest.raises(InputError, match="no devices"):
         play(parse_scenario(bare, "t"))

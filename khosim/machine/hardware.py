@@ -78,8 +78,12 @@ class Hardware:
             self._attach(devices)
 
     def _attach(self, parts: Sequence[Part]) -> None:
-        from khosim.machine.devices import Devices
+        from khosim.machine.devices import Amd, Devices, Snp, Vtd
 
+        for part in parts:
+            if self.arch != "x86_64" and isinstance(part, (Vtd, Amd, Snp)):
+                what = type(part).__name__
+                raise InputError("devices", f"{what} does not stand in a machine of {self.arch}")
         self.devices = Devices(parts, self.ram, self.is_ram, self.ram_ranges)
 
     def _attach_saved(self, blob: bytes) -> None:

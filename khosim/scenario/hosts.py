@@ -49,21 +49,21 @@ class VmNote:
         self.session = ""
         self._next_page = 0
 
-    def free_gpa(self, page_size: int, pages: int = 1) -> int:
-        """Guest-physical address of pages that nobody uses yet, to be written by device or vCPU.
+    def free_gpa(self, page_size: int) -> int | None:
+        """Guest-physical address of a page that nobody uses yet, for a device or vCPU to write to.
 
-        They are left out where the guest's content is compared.
+        It is left out where the guest's content is compared. None where no page is left.
         """
         memory = self.memory
-        taken = set(memory.pages.tolist()) | memory.busy
-        while True:
-            first = self._next_page
+        content = set(memory.pages.tolist())
+        while self._next_page in content:
             self._next_page += 1
-            wanted = set(range(first, first + pages))
-            if not wanted & taken:
-                break
-        memory.busy |= wanted
-        return self.plan.gpa + first * page_size
+        page = self._next_page
+        if (page + 1) * page_size > memory.size:
+            return None
+        self._next_page += 1
+        memory.busy.add(page)
+        return self.plan.gpa + page * page_size
 
     def preserve(self, player: Player, session: str) -> list[str]:
         """A session with all its files but those whose piece is left out; the names of these.

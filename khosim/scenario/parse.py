@@ -133,7 +133,7 @@ class _Reader:
         machine = Table(top.any("machine") or {}, f"{self._place}: machine")
         memory_map, page_size = self._machine(machine)
         allocator = machine.choice("allocator", ALLOCATORS, "linux")
-        topology = read_topology(machine)
+        topology = read_topology(machine, memory_map.arch)
         machine.done()
         kernel = self._kernel(Table(top.any("kernel") or {}, f"{self._place}: kernel"))
         violations = frozenset(top.each("violations", 100, self._invariant))

@@ -74,6 +74,13 @@ def _device_file(player: Player, name: str, place: str) -> tuple[VmNote, VfioDev
     raise player.error(place, f"{name!r} is nobody's here")
 
 
+def _free_page(player: Player, note: VmNote, place: str) -> int:
+    gpa = note.free_gpa(_PAGE)
+    if gpa is None:
+        raise player.error(place, f"{note.memory.name!r} has no page left that nobody writes to")
+    return gpa
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VmStep(StepBase):
     """Start a virtual machine around the memory of a guest: its vCPUs run from now on."""
@@ -109,7 +116,10 @@ class VmStep(StepBase):
         plan = VmmPlan(self.name, self.gpa, self.encrypted, ())
         note = VmNote(plan, guest)
         keys = first_keys(player.seed, f"{self.name}:{player.serial()}", self.vcpus)
-        programmes = tuple(((note.free_gpa(_PAGE), _PAGE, int(key)),) for key in keys)
+        pages = [_free_page(player, note, self.place) for _ in keys]
+        programmes = tuple(
+            ((page, _PAGE, int(key)),) for page, key in zip(pages, keys, strict=True)
+        )
         note.plan = plan._replace(programmes=programmes)
         note.vmm = Vmm.start(player.kernel, note.plan, memfd)
         player.vms[self.name] = note
@@ -142,7 +152,7 @@ class Assign(StepBase):
         vmm.assign(self.device, bdf)
         keys = first_keys(player.seed, f"{self.device}:{player.serial()}", self.buffers)
         transfers = [
-            Transfer(note.free_gpa(_PAGE), _PAGE, i % 4 != 3, int(key))
+            Transfer(_free_page(player, note, self.place), _PAGE, i % 4 != 3, int(key))
             for i, key in enumerate(keys)
         ]
         engine = devices.pci.named(bdf).engine

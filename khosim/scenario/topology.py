@@ -26,7 +26,7 @@ class Topology:
     names: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read_topology(table: Table) -> Topology:
+def read_topology(table: Table, arch: str) -> Topology:
     """``devices``, ``iommu`` and ``snp`` of a ``[machine]`` table."""
     names: dict[str, str] = {}
     ports: list[Part] = []
@@ -49,8 +49,11 @@ def read_topology(table: Table) -> Topology:
             names[each] = f"0000:{bus:02x}:00.0"
             ports.append(Bridge(port, secondary=bus))
             ports.append(Endpoint(names[each], kind=kind, bars=None if bar is None else (bar,)))
-    unit = table.choice_or_flag("iommu", ("vtd", "amd"), bool(names))
+    unit = table.choice_or_flag("iommu", ("vtd", "amd"), bool(names) and arch == "x86_64")
     units: dict[str, list[Part]] = {"": [], "vtd": [Vtd()], "amd": [Amd()]}
     has_snp = table.flag("snp")
+    for key, found in (("iommu", unit), ("snp", has_snp)):
+        if found and arch != "x86_64":
+            raise table.error(f"{key}: none stands in a machine of {arch} here")
     parts = units[unit] + ports + ([Snp()] if has_snp else [])
     return Topology(tuple(parts), names)
