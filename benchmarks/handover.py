@@ -11,7 +11,8 @@ from khosim.kernel.kernel import Folio
 __all__ = ("handover",)
 
 _SMALL_RAM = "64M"
-_SMALL_CMDLINE = "kho=on reserve_mem=64K:4096:oops"
+_SMALL_CMDLINE = "kho=on"
+_REGION_CMDLINE = "kho=on reserve_mem=64K:4096:oops"
 _GOLDEN_CMDLINE = "kho=on log_buf_len=16M reserve_mem=2M:4096:oops"
 _GROWTH = ("1G", "16G", "256G", "1T", "16T")
 
@@ -19,8 +20,9 @@ _GROWTH = ("1G", "16G", "256G", "1T", "16T")
 def handover(context: Context) -> Iterator[Record]:
     """Boot, preserve, kexec, boot, restore and every invariant, all in one figure.
 
-    ``small`` is a 64 MiB machine with 16 folios; ``uma1g`` has 1 GiB and 600 preserved blocks like
-    the golden capture of that name; ``grow`` is the small one's work on ever larger hosts.
+    ``small`` is a 64 MiB machine with 16 folios, of orders 0 to 4, and ``region`` the same with a
+    reserve_mem region beside them; ``uma1g`` has 1 GiB and 600 preserved blocks like the golden
+    capture of that name; ``grow`` is the work of ``region`` on ever larger hosts.
 
     Handovers come in rows, as in a run of property tests, and a row's mean is what counts: a
     process that was started in between would leave the first one cold caches. Each machine is made
@@ -37,6 +39,15 @@ def handover(context: Context) -> Iterator[Record]:
         note="64 MiB, 16 folios, all invariants",
     )
     yield context.ratio(
+        "handover.region",
+        lambda: _one_handover(_SMALL_RAM, _REGION_CMDLINE, 16),
+        start_python,
+        baseline="python -c pass",
+        rounds=40,
+        in_a_row=10,
+        note="the same and a reserve_mem region",
+    )
+    yield context.ratio(
         "handover.uma1g",
         lambda: _one_handover("1G", _GOLDEN_CMDLINE, 600),
         start_python,
@@ -46,7 +57,7 @@ def handover(context: Context) -> Iterator[Record]:
         in_a_row=3,
         note="1 GiB, 600 blocks, all invariants",
     )
-    small = best_of(lambda: _one_handover("1G", _SMALL_CMDLINE, 16), rounds=context.rounds(10))
+    small = best_of(lambda: _one_handover("1G", _REGION_CMDLINE, 16), rounds=context.rounds(10))
     for ram in _GROWTH[1:]:
         seconds = best_of(_handover_of(ram), rounds=context.rounds(5))
         yield Record(
@@ -58,7 +69,7 @@ def handover(context: Context) -> Iterator[Record]:
 
 
 def _handover_of(ram: str) -> Callable[[], None]:
-    return lambda: _one_handover(ram, _SMALL_CMDLINE, 16)
+    return lambda: _one_handover(ram, _REGION_CMDLINE, 16)
 
 
 def _one_handover(ram: str, cmdline: str, nr_folios: int) -> None:
