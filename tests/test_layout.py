@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "khosim"
 
-BASE = {"errors", "units", "plugins", "printable"}
+BASE = {"errors", "units", "plugins", "printable", "program_text"}
 """What every layer may use."""
 
 MAY_USE: dict[str, set[str]] = {
@@ -23,6 +23,7 @@ MAY_USE: dict[str, set[str]] = {
     "units": {"errors"},
     "plugins": {"errors"},
     "printable": set(),
+    "program_text": set(),
     "machine": BASE,
     "abi": BASE,
     "kernel": BASE | {"machine", "abi"},

@@ -6,6 +6,7 @@ campaign's release stands once in the file; in a boot's arguments it is a marker
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from khosim.errors import InputError
@@ -28,6 +29,8 @@ __all__ = (
 
 _FIXED = " fixed"
 _RELEASE = {"release": "of the campaign"}
+_OPTION = re.compile(r"""(kernel_size|initrd|release)=("[\w.]+"|fixed\('[\w.]+'\))""")
+"""What a program may say of its next kernel beside its command line."""
 _REST = Step._fields[2:]
 
 
@@ -98,6 +101,10 @@ def _look_at_words(kind: str, args: tuple[Any, ...], place: str) -> None:
         specs = {choice[0] for choice in KINDS["boot"].choices(World(KINDS))}
         if len(args) < 2 or args[0] not in specs or not isinstance(args[1], str):
             raise InputError(place, "it boots no machine that khosim explore has")
+    elif kind in ("kexec", "load_image"):
+        more = args[1:] if args and isinstance(args[0], str) else (None,)
+        if not all(isinstance(word, str) and _OPTION.fullmatch(word) for word in more):
+            raise InputError(place, "it hands over in a way that khosim explore has not")
     elif KINDS[kind].letter and not (args and isinstance(args[0], str) and args[0].isidentifier()):
         raise InputError(place, "what it defines has no name")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 
 from khosim.kernel.behaviours import Release
-from khosim.kernel.release import find_release
+from khosim.kernel.release import RELEASES, find_release
 
-__all__ = ("SWITCHES", "fixed", "hazard_of")
+__all__ = ("SWITCHES", "fixed", "hazard_of", "told")
 
 SWITCHES: dict[str, bool] = {
     field.name: True for field in dataclasses.fields(Release) if field.name.startswith("fix_")
@@ -19,6 +20,21 @@ def fixed(release: str | Release) -> Release:
     """``release`` with every known hazard switched off."""
     found = find_release(release)
     return found.evolve(name=f"{found.name} fixed", **SWITCHES)
+
+
+@lru_cache(maxsize=8)
+def _fixed_again(name: str) -> Release:
+    return fixed(name)
+
+
+def told(release: str | Release) -> str:
+    """What a program calls ``release``: its name, ``fixed`` of one, or the variable ``release``."""
+    if isinstance(release, str):
+        return repr(release)
+    base = release.name.removesuffix(" fixed")
+    if base in RELEASES and release == _fixed_again(base):
+        return f"fixed({base!r})"
+    return "release"
 
 
 def hazard_of(switch: str) -> str:

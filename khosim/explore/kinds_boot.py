@@ -7,17 +7,15 @@ the machine has.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from khosim.explore.hazards import fixed
+from khosim.explore.hazards import told
 from khosim.explore.kinds import Args, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from khosim.explore.world import Item, World
-    from khosim.kernel.behaviours import Release
 
 __all__ = ("KINDS", "image_options", "jumped", "machine_weight", "successors")
 
@@ -80,8 +78,8 @@ def _boot_choices(world: World) -> list[Args]:
 
 def _boot_source(world: World, spec: str, line: str, release: Any) -> str:
     world.vars["release"] = release
-    told = f"{release!r}" if isinstance(release, str) else "release"
-    more = "" if told == "'7.3'" else f"{told}, "
+    word = told(release)
+    more = "" if word == "'7.3'" else f"{word}, "
     return f"machine = Stage({spec})\nkernel = machine.boot({more}cmdline={line!r})"
 
 
@@ -137,14 +135,8 @@ def image_options(world: World) -> list[str]:
         others = [name for name in ("7.3", "7.2", "7.1") if name != world.kernel.release.name]
         found += [f'release="{name}"' for name in others]
     elif world.release.name.startswith("7.3"):
-        world.vars["older"] = _fixed_older()
-        found.append("release=older")
+        found.append("release=fixed('7.2')")
     return found
-
-
-@lru_cache(maxsize=1)
-def _fixed_older() -> Release:
-    return fixed("7.2")
 
 
 def _kexec_source(world: World, line: str, more: str = "") -> str:
@@ -209,8 +201,8 @@ def _reset_choices(world: World) -> list[Args]:
 
 
 def _reset_source(world: World) -> str:
-    told = f"{world.release!r}" if isinstance(world.release, str) else "release"
-    more = "" if told == "'7.3'" else f"{told}, "
+    word = told(world.release)
+    more = "" if word == "'7.3'" else f"{word}, "
     return f"kernel = machine.boot({more}cmdline={world.cmdline!r})"
 
 

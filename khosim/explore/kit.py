@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from khosim.abi import liveupdate as uapi
 from khosim.errors import KernelError
 from khosim.explore.expectations import is_expected_writer
+from khosim.explore.hazards import fixed
 from khosim.explore.oracles import Baseline, oracles
 from khosim.explore.tokens import Ledger, Token, TokenHandler, ledger, tokens
 from khosim.faults.between import (
@@ -51,6 +52,7 @@ __all__ = (
     "audit",
     "failing",
     "failing_boot",
+    "fixed",
     "flipped",
     "kill",
     "ledger",

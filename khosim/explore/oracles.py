@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from khosim.checks.decode import decode_handover
 from khosim.checks.formats import format_of
-from khosim.checks.history import History
-from khosim.checks.look import AT_ANY_TIME, Look
+from khosim.checks.held import held_pages, outgoing_pages, preserved_and_free
 from khosim.checks.ranges import both, merged, minus, page_ranges, pairs
 from khosim.checks.violation import Violation
 from khosim.explore.expectations import is_expected_leak, is_expected_message
@@ -40,16 +39,6 @@ _REPORTED_MAX = 4
 def is_warning(message: str) -> bool:
     """Whether a line of the kernel log is one of the kernel's own alarms."""
     return message.startswith(_WARNINGS) or "refcount_t" in message
-
-
-def _held(kernel: KernelView, *kinds: str) -> Ranges:
-    starts, ends, states = kernel.pages.pages.columns()
-    pieces = [
-        (start, end)
-        for start, end, state in zip(starts, ends, states, strict=True)
-        if not kinds or state.kind in kinds
-    ]
-    return merged(page_ranges(pieces, 0)) if pieces else merged()
 
 
 def _by_owner(kernel: KernelView) -> dict[str, int]:
@@ -75,8 +64,8 @@ class Baseline(NamedTuple):
 
 
 def _preserved(hardware: Hardware, kernel: Kernel) -> Ranges:
-    outgoing = Look(hardware, kernel, AT_ANY_TIME, History()).outgoing
-    return merged() if outgoing is None else outgoing.covered
+    outgoing = outgoing_pages(hardware, kernel)
+    return merged() if outgoing is None else outgoing
 
 
 def oracles(
@@ -125,7 +114,7 @@ def _no_scratch(kernel: Kernel) -> list[Violation]:
 
 def _is_held(hardware: Hardware, kernel: Kernel, preserved: Ranges) -> list[Violation]:
     shift = hardware.page_shift
-    free = minus(preserved, _held(kernel))
+    free = preserved_and_free(kernel, preserved)
     return [
         Violation(
             "preserved-is-held",
@@ -234,7 +223,7 @@ def _given_back(
 
 def _unreachable(hardware: Hardware, kernel: Kernel) -> Ranges:
     # Incoming pages but for those that stay on purpose, each by the name of its expectation.
-    incoming = _held(kernel, "incoming")
+    incoming = held_pages(kernel, "incoming")
     if not len(incoming[0]):
         return incoming
     pieces: list[tuple[str, int, int]] = []

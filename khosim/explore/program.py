@@ -9,6 +9,7 @@ from khosim.explore.kinds import is_lawful
 from khosim.explore.kit import PROGRAM
 from khosim.explore.search import KINDS, is_drained
 from khosim.explore.world import DIED, World
+from khosim.program_text import imports_of, indented, script
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,11 @@ __all__ = ("Told", "event_line", "tell")
 
 _NOISE = ("kho_radix_alloc_node", "kho_preserved_memory_reserve", "kexec_add_buffer")
 _TRACE_LINES = 10
+_PLACES = {
+    "suppress": "contextlib",
+    "KernelError": "khosim",
+    **dict.fromkeys(PROGRAM, "khosim.explore.kit"),
+}
 _NUMBER = re.compile(r"0x[0-9a-f]+")
 
 
@@ -67,21 +73,14 @@ def _block(source: str, step: Step, errno: str, problem: Problem) -> list[str]:
         return lines
     imports = [line for line in lines if line.startswith("from ")]
     said = f"  # -{errno}" if errno else ""
-    body = [f"    {line}" for line in lines if not line.startswith("from ")]
-    return [*imports, f"with {', '.join(wrap)}:{said}", *body]
+    body = indented("\n".join(line for line in lines if not line.startswith("from ")))
+    return [*imports, f"with {', '.join(wrap)}:{said}", *body.splitlines()]
 
 
 def _whole(lines: list[str]) -> str:
-    imports = {line for line in lines if line.startswith("from ")}
-    body = [line for line in lines if not line.startswith("from ")]
-    text = "\n".join(body)
-    used = [name for name in PROGRAM if re.search(rf"\b{name}\(", text)]
-    head = []
-    if "suppress(" in text:
-        head = ["from contextlib import suppress", ""]
-        imports.add("from khosim import KernelError")
-    imports.add(f"from khosim.explore.kit import {', '.join(used)}")
-    return "\n".join([*head, *sorted(imports), "", *body]) + "\n"
+    imports = [line for line in lines if line.startswith("from ")]
+    body = "\n".join(line for line in lines if not line.startswith("from "))
+    return script(body, [*imports, *imports_of(body, _PLACES)])
 
 
 def _trace(events: list[Event], problem: Problem) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from contextlib import suppress
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from khosim.checks.violation import Violation
@@ -19,10 +18,10 @@ from khosim.explore import kit
 from khosim.explore.expectations import is_expected_after_death, is_expected_panic
 from khosim.explore.limits import EVENTS_MAX, NoEnd
 from khosim.explore.oracles import is_warning
+from khosim.program_text import FILENAME, compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import CodeType
 
     from khosim.explore.kinds import Kind
     from khosim.kernel.behaviours import Release
@@ -88,7 +87,7 @@ class Item:
 
 def _failed_line(failed: AssertionError, source: str) -> str:
     at = failed.__traceback__
-    while at is not None and at.tb_frame.f_code.co_filename != "<program>":
+    while at is not None and at.tb_frame.f_code.co_filename != FILENAME:
         at = at.tb_next
     return source.splitlines()[at.tb_lineno - 1] if at is not None else source
 
@@ -98,11 +97,6 @@ DIED = "task died"
 
 
 _LEFT = ("EBUSY", "EEXIST", "EINVAL", "ENOENT")
-
-
-@lru_cache(maxsize=4096)
-def _compiled(source: str) -> CodeType:
-    return compile(source, "<program>", "exec")
 
 
 class World:
@@ -280,10 +274,10 @@ class World:
         try:
             if step.kind == "boot":
                 source, rest = source.split("\n", 1)
-                exec(_compiled(source), self.vars)
+                exec(compiled(source), self.vars)
                 self.machine.listen(self._note)
                 source = rest
-            exec(_compiled(source), self.vars)
+            exec(compiled(source), self.vars)
             self._look_at_damage("")
         except KernelError as refused:
             return refused.name

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from khosim.checks.history import History
-from khosim.checks.look import AT_ANY_TIME, Look
+from khosim.checks.held import outgoing_pages, preserved_and_free
 from khosim.checks.ranges import merged, minus, page_ranges, pairs
 from khosim.errors import InputError
 from khosim.kernel.liveupdate.luo_session import Session
@@ -67,8 +66,8 @@ def assert_no_violations(machine: Machine, *, allowing: Sequence[str] = ()) -> N
 def _missing(kernel: Kernel, pfn: int, nr_pages: int) -> Ranges:
     # The checkers' own reading of the map in RAM, not the kernel's word.
     wanted = merged(page_ranges([(pfn, pfn + nr_pages)], 0))
-    outgoing = Look(kernel.hardware, kernel, AT_ANY_TIME, History()).outgoing
-    return wanted if outgoing is None else minus(wanted, outgoing.covered)
+    outgoing = outgoing_pages(kernel.hardware, kernel)
+    return wanted if outgoing is None else minus(wanted, outgoing)
 
 
 def _pages(ranges: Ranges) -> tuple[int, str]:
@@ -101,12 +100,10 @@ def assert_preserved_is_held(kernel: Kernel) -> None:
     """
     if kernel.release.finalize or not kernel.kho_enable:
         return
-    outgoing = Look(kernel.hardware, kernel, AT_ANY_TIME, History()).outgoing
+    outgoing = outgoing_pages(kernel.hardware, kernel)
     if outgoing is None:
         return
-    starts, ends, _ = kernel.pages.pages.columns()
-    held = merged(page_ranges(list(zip(starts, ends, strict=True)), 0))
-    free = minus(outgoing.covered, held)
+    free = preserved_and_free(kernel, outgoing)
     if len(free[0]):
         count, told = _pages(free)
         raise AssertionError(f"{count} preserved pages are free: {told}")

@@ -11,8 +11,7 @@ import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from khosim.checks.history import History
-from khosim.checks.look import AT_ANY_TIME, Look
+from khosim.checks.held import outgoing_pages
 from khosim.checks.ranges import merged, minus, page_ranges
 from khosim.errors import KernelError, KernelPanic
 from khosim.kernel.kho_vmalloc import (
@@ -22,6 +21,7 @@ from khosim.kernel.kho_vmalloc import (
     kho_unpreserve_vmalloc,
 )
 from khosim.kernel.vmalloc import vfree, vmalloc
+from khosim.program_text import compiled, indented
 from khosim.simulator import Machine
 from khosim.testing import asserts
 from khosim.testing.faults import (
@@ -37,9 +37,9 @@ from khosim.testing.faults import (
     torn,
 )
 from khosim.testing.plans import MachinePlan
-from khosim.testing.program import PLACES, script
+from khosim.testing.program import PLACES, life_script
 from khosim.testing.rules import Operation, Rules, release_source
-from khosim.testing.step import Step, Thing, Written, call, compiled, indented
+from khosim.testing.step import Step, Thing, Written, call
 from khosim.testing.witness import Witness
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Life:
 
     def program(self) -> str:
         """The program so far as a script that runs by itself."""
-        return script(self.lines, self.functions, self.extra_imports)
+        return life_script(self.lines, self.functions, self.extra_imports)
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -360,7 +360,7 @@ class Life:
         ]
         if not books:
             return
-        outgoing = Look(kernel.hardware, kernel, AT_ANY_TIME, History()).outgoing
+        outgoing = outgoing_pages(kernel.hardware, kernel)
         if outgoing is None:
             return
         for is_in in (True, False):
@@ -370,7 +370,7 @@ class Life:
                 if (thing.state == "preserved") == is_in
             ]
             pages = merged(page_ranges([(pfn, pfn + count) for pfn, count in firsts], 0))
-            missing = minus(pages, outgoing.covered)
+            missing = minus(pages, outgoing)
             if is_in and not len(missing[0]):
                 continue
             if not is_in and (pages[1] - pages[0]).sum() == (missing[1] - missing[0]).sum():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from khosim.program_text import imports_of, script
 from khosim.testing.rules import import_of
 
-__all__ = ("PLACES", "script")
+__all__ = ("PLACES", "life_script")
 
 PLACES = {
     "suppress": "contextlib",
@@ -37,28 +37,20 @@ PLACES = {
 """Where each name that steps use comes from."""
 
 
-def script(
+def life_script(
     lines: Iterable[str], functions: Iterable[Callable[..., Any]], extra: Iterable[str] = ()
 ) -> str:
     """The script. ``functions`` are the user's, ``extra`` further imports."""
-    text = "\n".join(lines)
-    words = set(re.findall(r"[A-Za-z_]\w*", text))
-    wanted: dict[str, list[str]] = {}
-    for name, place in PLACES.items():
-        if name in words:
-            wanted.setdefault(place, []).append(name)
-    head = [f"from {place} import {', '.join(names)}" for place, names in wanted.items()]
-    head += sorted(extra)
+    body = "\n".join(lines)
+    imports = [*imports_of(body, PLACES), *extra]
     own: dict[tuple[str, str], list[str]] = {}
     for function in functions:
         if function.__module__ == "types":
-            head.append(f"from types import {function.__name__}")
+            imports.append(f"from types import {function.__name__}")
             continue
         folder, module, name = import_of(function)
         own.setdefault((folder, module), []).append(name)
-    folders = list(dict.fromkeys(folder for folder, _ in own))
-    if folders:
-        head = ["import sys", *head]
-        head += [f"sys.path.insert(0, {folder!r})" for folder in folders]
-        head += [f"from {module} import {', '.join(names)}" for (_, module), names in own.items()]
-    return "\n".join([*head, "", text, ""])
+    folders = dict.fromkeys(folder for folder, _ in own)
+    setup = [f"sys.path.insert(0, {folder!r})" for folder in folders]
+    setup += [f"from {module} import {', '.join(names)}" for (_, module), names in own.items()]
+    return script(body, [*imports, *(["import sys"] if own else [])], setup)

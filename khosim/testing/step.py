@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from types import CodeType
-
     from khosim.testing.faults import Fault
 
-__all__ = ("Step", "Thing", "Written", "call", "compiled", "indented")
+__all__ = ("Step", "Thing", "Written", "call")
 
 
 class Step(NamedTuple):
@@ -63,14 +60,3 @@ def call(function: Callable[..., Any], **values: Any) -> Written:
     """A call of a user's function with the kernel, its model and arguments."""
     words = "".join(f", {name}={value!r}" for name, value in values.items())
     return Written(f"{function.__name__}(kernel, state{words})", functions=(function,))
-
-
-@lru_cache(maxsize=4096)
-def compiled(source: str) -> CodeType:
-    """The code of a step."""
-    return compile(source, "<khosim program>", "exec")
-
-
-def indented(source: str) -> str:
-    """The text, one block deeper."""
-    return "\n".join(f"    {line}" for line in source.splitlines())
