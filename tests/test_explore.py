@@ -10,13 +10,15 @@ import pickle
 import pytest
 
 from khosim.cli.main import main
-from khosim.errors import KhoSimError
+from khosim.errors import InputError, KhoSimError
 from khosim.explore.campaign import Campaign, run_unit, tags
+from khosim.explore.codec import decode_steps, encode_steps
 from khosim.explore.exhaust import exhaust
+from khosim.explore.hazards import fixed
 from khosim.explore.program import tell
 from khosim.explore.search import KINDS, SCENARIOS, random_run, replay
 from khosim.explore.shrink import cause_of, shrink
-from khosim.explore.world import Step, World
+from khosim.explore.world import Problem, Step, World
 
 BOOT = Step("boot", ('"64M"', "kho=on liveupdate=on", "7.3"))
 
@@ -65,6 +67,25 @@ def test_unlawful_programs_are_refused() -> None:
     assert replay([Step("free_folio", ("f0",))]) is None
 
 
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ([], "its steps are no program"),
+        ([["boot", ["print()", "kho=on", "7.3"]]], "step 0: it boots no machine"),
+        ([["fly", []]], "step 0: 'fly' is no kind of step"),
+        ([["alloc_folio", ["print()", 0]]], "what it defines has no name"),
+        ([["kexec", ["kho=on", "print()"]]], "hands over in a way that khosim explore has not"),
+        ([["load_image", [7]]], "hands over in a way that khosim explore has not"),
+    ],
+)
+def test_a_file_of_steps_is_no_code(steps: list[object], says: str) -> None:
+    """What stands in a finding's file becomes text of a program only where a search has it."""
+    with pytest.raises(InputError, match=says):
+        decode_steps(steps, "7.3", "finding")
+    lawful = [BOOT, Step("load_image", ("kho=on", "release=fixed('7.2')")), Step("jump")]
+    assert decode_steps(encode_steps(lawful, "7.3"), "7.3", "finding") == lawful
+
+
 def test_a_finding_is_short_and_runs() -> None:
     """A released region that stays preserved: two lines, and the printed text shows it."""
     word = "reserve_mem=8192:4096:b"
@@ -111,6 +132,19 @@ def test_a_faulted_program_runs() -> None:
     assert "with failing_boot(machine, 1):" in told.program
     assert "kernel-warned: BUG: Bad page state" in _said(told.program)
     assert told.trace
+
+
+def test_a_program_of_the_fixed_protocol_runs() -> None:
+    """It names the release with all fixes, and an older one with them, and is silent."""
+    release = fixed("7.3")
+    steps = [
+        BOOT._replace(args=(*BOOT.args[:2], release)),
+        Step("reset"),
+        Step("kexec", ("kho=on liveupdate=on", "release=fixed('7.2')")),
+    ]
+    told = tell(steps, Problem("preserved-is-held", "", 2), release)
+    assert told.program.count("machine.boot(fixed('7.3'), cmdline=") == 2
+    assert _said(told.program) == "\n"
 
 
 def test_refused_steps_are_told() -> None:
