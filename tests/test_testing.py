@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib
 import re
@@ -38,11 +39,13 @@ from khosim.testing import (
     memory_maps,
     mutated_cmdlines,
     operation,
+    refusing,
     refusing_freeze,
     release_pairs,
     session_plans,
     violation_report,
 )
+from khosim.testing.faults import KINDS
 from khosim.testing.ops_sessions import STANDARD
 
 ROOT = Path(__file__).parent.parent
@@ -149,18 +152,74 @@ def test_no_alarm_where_nothing_is_wrong(release: str) -> None:
 
 
 def test_damage_is_survived() -> None:
-    """Dying tasks and damaged handovers: kernels end in outcomes of their own, others go on."""
+    """All kinds of faults: kernels end in outcomes of their own, others go on."""
     case = handover_machine(
         standard=("memory", "vmalloc", "sessions"),
-        faults=fault_plans(kinds=("oops", "bytes"), max_size=6),
+        faults=fault_plans(kinds=KINDS, max_size=10),
     )
-    assert deep_lives(case, seed=3, lives=3, steps=40) == 120
+    assert deep_lives(case, seed=3, lives=4, steps=40) == 160
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_fault_strikes(kind: str) -> None:
+    """It is in the program, which runs by itself, and what it lets survive comes back."""
+    is_at_jump = kind in ("freeze", "memory", "bytes")
+    life = Life(Rules(STANDARD))
+    life.do("create_session")
+    life.do("memfd", nr_pages=2)
+    life.do("alloc_folio", order=0, owner="a", content=b"x")
+    life.do("preserve_folio", pick=0)
+    fault = Fault(kind, 0, 1)
+    life.do("preserve_file", pick=0, session=0, token=1, fault=None if is_at_jump else fault)
+    life.do("load_image")
+    life.check()
+    life.do("kexec", fault=fault if is_at_jump else None)
+    if kind == "freeze":
+        life.do("kexec")
+    survives = fault.survives.startswith(("everything", "all but"))
+    came = [thing.state for thing in life.of("folio")]
+    assert came == (["incoming"] if survives and kind != "memory" else [])
+    life.do("restore_folio", pick=0)
+    life.do("kexec", fault=Fault("crash", 0))
+    life.check()
+    program = life.program()
+    word = {"allocation": "failing_allocation(", "bytes": "overwritten(", "device": "Dma("}
+    word |= {"callback": "refusing(", "freeze": "refusing_freeze(", "memory": "lost_memory("}
+    assert word.get(kind, "machine.boot" if kind == "crash" else f"{kind}(") in program
+    exec(compile(program, "program", "exec"), {})
+
+
+def test_memory_that_nobody_needs_is_no_loss() -> None:
+    """Everything survives where nothing lay; after a reset there is another machine."""
+    life = Life(Rules(STANDARD), machine=MachinePlan("96M", nodes=2))
+    life.do("alloc_folio", order=0, owner="a", content=b"x")
+    life.do("preserve_folio", pick=0)
+    life.do("kexec", fault=Fault("memory", 0, 1))
+    assert life.has_less
+    assert life.do("restore_folio", pick=0)
+    life.check()
+    life.do("kexec", fault=Fault("crash", 0))
+    assert not life.has_less
+    assert life.program().count("machine = Machine('96M', nodes=2)") == 2
+
+
+def test_what_a_device_wrote_is_looked_at() -> None:
+    """Bytes that do not arrive as the device left them fail the restore."""
+    life = Life(Rules(STANDARD))
+    life.do("alloc_folio", order=0, owner="a", content=b"x")
+    life.do("preserve_folio", pick=0)
+    life.do("kexec", fault=Fault("device", 0, 1))
+    life.check()
+    life.vars["device0"].count += 1
+    with pytest.raises(AssertionError) as failed:
+        life.do("restore_folio", pick=0)
+    assert "device0.count" in _program(failed.value).splitlines()[-1]
 
 
 def test_faults_say_what_survives() -> None:
     """A plan is a promise: of damaged bytes nothing survives but the machine."""
-    told = {kind: Fault(kind, 0).survives for kind in ("freeze", "oops", "bytes", "crash")}
-    assert told["freeze"] == "everything"
+    told = {kind: Fault(kind, 0).survives for kind in KINDS}
+    assert told["freeze"] == told["callback"] == "everything"
     assert told["oops"] == "all but the step's things"
     assert told["bytes"] == told["crash"] == "the machine"
 
@@ -272,6 +331,27 @@ def test_a_freeze_refuses_and_the_handlers_are_as_before() -> None:
         kernel.kexec()
     with pytest.raises(InputError), failing_allocation(kernel, 0):
         pass
+    with pytest.raises(InputError, match="'retrieve' is none of preserve, freeze, can_finish"):
+        refusing(kernel, callbacks=("retrieve",)).__enter__()
+
+
+def test_a_callback_refuses() -> None:
+    """The n-th one that may say no: a file's preserve, its freeze, and that it can be finished."""
+    kernel = Machine("64M").boot(cmdline=ON)
+    session = kernel.liveupdate.create_session("vm")
+    ram = kernel.memfd("ram", size=4096)
+    with refusing(kernel, 2):
+        session.preserve(ram, 1)
+        with pytest.raises(KernelError, match="EBUSY"):
+            session.preserve(kernel.memfd("more", size=4096), 2)
+    with pytest.raises(KernelError, match="EBUSY"), refusing(kernel):
+        kernel.kexec()
+    successor = kernel.kexec()
+    session = successor.liveupdate.retrieve_session("vm")
+    with pytest.raises(KernelError, match="EBUSY"), refusing(successor):
+        session.finish()
+    session.finish()
+    session.close()
 
 
 def test_faults_strike_when_due() -> None:
@@ -349,7 +429,7 @@ def test_the_books_are_held_against_the_map() -> None:
 # -- strategies ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=12)
+@settings(max_examples=20)
 @given(plan=machine_plans(), cmdline=cmdlines(), folios=folio_sets(max_size=3))
 def test_machines_boot_with_kho_on(plan: MachinePlan, cmdline: str, folios: list[Any]) -> None:
     """What is drawn boots and hands over; its source builds the same machine."""
@@ -440,17 +520,28 @@ def test_a_wrong_option_is_one_line(pytester: pytest.Pytester, option: str, says
     result.stderr.fnmatch_lines([f"ERROR: {says}"])
 
 
+def _blocks() -> list[str]:
+    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_every_name_is_shown_at_work() -> None:
+    """What the kit promises is in an example of the document, not only in its words."""
+    tree = ast.parse("\n".join(_blocks()))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert set(testing.__all__) <= used
+
+
 def test_the_document_and_the_example_run(pytester: pytest.Pytester) -> None:
     """All blocks of docs/testing.md are one file of tests; so is the example to copy."""
-    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 7
+    blocks = _blocks()
+    assert len(blocks) == 13
     few = "\n{0}.settings = settings({0}.settings, max_examples=4)\n"
     document = "\n".join(blocks) + few.format("TestBlobs")
     example = SUBSYSTEM.read_text("utf-8") + "\nfrom hypothesis import settings"
     pytester.makepyfile(test_document=document, test_example=example + few.format("TestCounters"))
     result = _pytester_run(pytester, "--hypothesis-seed=1")
-    result.assert_outcomes(passed=13)
+    result.assert_outcomes(passed=23)
 
 
 def test_the_example_finds_a_planted_bug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

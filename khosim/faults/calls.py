@@ -16,14 +16,27 @@ from typing import TYPE_CHECKING
 from khosim.errors import InputError, KernelError, KhoSimError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from khosim.kernel.file import File
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.liveupdate.file_ops import LiveupdateFileOpArgs, Op
     from khosim.kernel.trace import Event
 
-__all__ = ("Death", "Nth", "TaskDied", "failing_allocation", "kill", "oops", "refusing_freeze")
+__all__ = (
+    "CALLBACKS",
+    "Death",
+    "Nth",
+    "TaskDied",
+    "failing_allocation",
+    "kill",
+    "oops",
+    "refusing",
+    "refusing_freeze",
+)
+
+CALLBACKS = ("preserve", "freeze", "can_finish")
+"""Callbacks of a file handler that may say no, and be asked again."""
 
 
 def _positive(name: str, n: object) -> None:
@@ -130,25 +143,48 @@ def refusing_freeze(kernel: Kernel, nth: int = 1) -> Iterator[None]:
     files are preserved nothing is refused.
     """
     _positive("refusing_freeze: nth", nth)
-    left = nth
-    handlers = list(kernel.liveupdate.handlers.values())
-    before = [handler.ops.freeze for handler in handlers]
+    with refusing(kernel, nth, callbacks=("freeze",)):
+        yield
 
-    def guarded(freeze: Op | None) -> Callable[[LiveupdateFileOpArgs], None]:
-        def call(args: LiveupdateFileOpArgs) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise KernelError(errno.EBUSY, "freeze", f"file number {nth} refuses")
-            if freeze is not None:
-                freeze(args)
+
+@contextmanager
+def refusing(
+    kernel: Kernel, nth: int = 1, *, callbacks: Sequence[str] = CALLBACKS
+) -> Iterator[None]:
+    """Within, the ``nth`` callback of a file handler that may say no does, whoever's it is.
+
+    That is one of ``callbacks``: "preserve" and "freeze" say -EBUSY before they do anything,
+    "can_finish" says that it cannot. What the user asked for is refused, and everything is as it
+    was. Raises :class:`InputError` for others, and for ``nth`` below 1.
+    """
+    _positive("refusing: nth", nth)
+    for name in callbacks:
+        if name not in CALLBACKS:
+            raise InputError("refusing: callbacks", f"{name!r} is none of {', '.join(CALLBACKS)}")
+    left = nth
+
+    def is_due() -> bool:
+        nonlocal left
+        left -= 1
+        return not left
+
+    def guarded(name: str, before: Op | None) -> Callable[[LiveupdateFileOpArgs], object]:
+        def call(args: LiveupdateFileOpArgs) -> object:
+            if is_due():
+                if name == "can_finish":
+                    return False
+                raise KernelError(errno.EBUSY, name, f"callback number {nth} refuses")
+            return name == "can_finish" if before is None else before(args)
 
         return call
 
-    for handler in handlers:
-        handler.ops.freeze = guarded(handler.ops.freeze)
+    handlers = list(kernel.liveupdate.handlers.values())
+    was = [(handler.ops, name, getattr(handler.ops, name)) for handler in handlers
+           for name in callbacks]
+    for ops, name, before in was:
+        setattr(ops, name, guarded(name, before))
     try:
         yield
     finally:
-        for handler, freeze in zip(handlers, before, strict=True):
-            handler.ops.freeze = freeze
+        for ops, name, before in was:
+            setattr(ops, name, before)

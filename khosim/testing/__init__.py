@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     )
     from khosim.testing.drivers import deep_lives, handover_machine
     from khosim.testing.faults import (
+        Dma,
         Fault,
         FaultPlan,
         failing_allocation,
         flipped,
         jump_with,
+        kill,
+        lost_memory,
         oops,
         overwritten,
+        refusing,
         refusing_freeze,
+        regained_memory,
         stale,
         torn,
     )
@@ -48,6 +53,7 @@ if TYPE_CHECKING:
     from khosim.testing.witness import Witness
 
 __all__ = (
+    "Dma",
     "Fault",
     "FaultPlan",
     "FolioPlan",
@@ -72,6 +78,8 @@ __all__ = (
     "folio_sets",
     "handover_machine",
     "jump_with",
+    "kill",
+    "lost_memory",
     "machine_plans",
     "machines",
     "memfd_plans",
@@ -80,7 +88,9 @@ __all__ = (
     "oops",
     "operation",
     "overwritten",
+    "refusing",
     "refusing_freeze",
+    "regained_memory",
     "release_pairs",
     "session_plans",
     "stale",
@@ -99,14 +109,19 @@ _HOMES = {
     ),
     "drivers": ("deep_lives", "handover_machine"),
     "faults": (
+        "Dma",
         "Fault",
         "FaultPlan",
         "failing_allocation",
         "flipped",
         "jump_with",
+        "kill",
+        "lost_memory",
         "oops",
         "overwritten",
+        "refusing",
         "refusing_freeze",
+        "regained_memory",
         "stale",
         "torn",
     ),

@@ -8,27 +8,52 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from khosim.faults.between import flipped, jump_with, overwritten, stale, torn
-from khosim.faults.calls import failing_allocation, oops, refusing_freeze
+from khosim.faults.between import (
+    flipped,
+    jump_with,
+    lost_memory,
+    overwritten,
+    regained_memory,
+    stale,
+    torn,
+)
+from khosim.faults.calls import failing_allocation, kill, oops, refusing, refusing_freeze
+from khosim.faults.device import Dma
 
 __all__ = (
     "DAMAGES",
     "KINDS",
     "PLAIN",
+    "Dma",
     "Fault",
     "FaultPlan",
     "failing_allocation",
     "flipped",
     "jump_with",
+    "kill",
+    "lost_memory",
     "oops",
     "overwritten",
+    "refusing",
     "refusing_freeze",
+    "regained_memory",
     "stale",
     "torn",
 )
 
 PLAIN = ("allocation", "freeze", "crash")
-KINDS = (*PLAIN, "oops", "bytes")
+KINDS = (*PLAIN, "callback", "device", "kill", "oops", "memory", "bytes")
+_SURVIVES = {
+    "allocation": "everything",
+    "callback": "everything",
+    "freeze": "everything",
+    "device": "everything, with what the device wrote",
+    "kill": "all but the agent's things",
+    "oops": "all but the step's things",
+    "memory": "everything, where nothing handed over lay there; else the machine",
+    "bytes": "the machine",
+    "crash": "the machine",
+}
 
 DAMAGES = (
     "overwritten('root FDT', 0, 'ffffffff')",
@@ -48,9 +73,13 @@ DAMAGES = (
 class Fault(NamedTuple):
     """One fault. ``kind`` is one of :data:`KINDS`, ``at`` the number of the step it strikes.
 
-    "allocation": the ``n``-th allocation of that step fails, counted from 1. "freeze": the
-    ``n``-th file refuses at the first kexec from that step on. "crash": before that step. "oops":
-    the task dies at the ``n``-th event of that step. "bytes": the ``n``-th of :data:`DAMAGES`
+    "allocation": the ``n``-th allocation of that step fails, counted from 1. "callback": the
+    ``n``-th callback of a file handler that may say no in that step does. "freeze": the ``n``-th
+    file refuses at the first kexec from that step on. "crash": before that step. "device": from
+    that step on a device writes to the ``n``-th preserved folio, until its owner has it back.
+    "kill": before that step the agent is killed, who has the kit's sessions and memfds open.
+    "oops": the task dies at the ``n``-th event of that step. "memory": at the first kexec from that
+    step on some RAM is gone, by ``n`` a piece or a node. "bytes": the ``n``-th of :data:`DAMAGES`
     strikes at the first kexec from that step on.
     """
 
@@ -60,14 +89,12 @@ class Fault(NamedTuple):
 
     @property
     def survives(self) -> str:
-        """What has to: "everything", "all but the step's things", "the machine".
+        """What has to, in words; outside of it a fault is a scenario, and no finding.
 
-        Of a damaged handover nothing is promised but that each kernel ends in an outcome of its
-        own: a refusal, a warning, a panic. Outside of what survives it is a scenario, no finding.
+        Of a machine alone nothing is promised but that each kernel ends in an outcome of its own:
+        a refusal, a warning, a panic.
         """
-        if self.kind in ("allocation", "freeze"):
-            return "everything"
-        return "all but the step's things" if self.kind == "oops" else "the machine"
+        return _SURVIVES[self.kind]
 
 
 class FaultPlan(NamedTuple):
@@ -78,9 +105,9 @@ class FaultPlan(NamedTuple):
     def strike(self, step: int, *, is_kexec: bool) -> Fault | None:
         """The fault that step number ``step`` has to bear, if any.
 
-        A freeze and bytes wait for the first kexec from their step on, which no oops strikes.
+        What strikes at a jump waits for the first kexec from its step on, which no oops strikes.
         """
-        waits = ("freeze", "bytes")
+        waits = ("freeze", "bytes", "memory")
         for fault in self.faults:
             if fault.at == step and fault.kind not in waits and not (
                 is_kexec and fault.kind == "oops"

@@ -25,13 +25,16 @@ from khosim.program_text import compiled, indented
 from khosim.simulator import Machine
 from khosim.testing import asserts
 from khosim.testing.faults import (
-    DAMAGES,
+    Dma,
     Fault,
     failing_allocation,
     flipped,
     jump_with,
+    kill,
+    lost_memory,
     oops,
     overwritten,
+    refusing,
     refusing_freeze,
     stale,
     torn,
@@ -40,6 +43,7 @@ from khosim.testing.plans import MachinePlan
 from khosim.testing.program import PLACES, life_script
 from khosim.testing.rules import Operation, Rules, release_source
 from khosim.testing.step import Step, Thing, Written, call
+from khosim.testing.strikes import BEFORE, damage, die, lose_memory
 from khosim.testing.witness import Witness
 
 if TYPE_CHECKING:
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = ("Life",)
 
 _TOOLS: dict[str, Any] = {
+    "Dma": Dma,
     "KernelError": KernelError,
     "KhoVmallocSlot": KhoVmallocSlot,
     "Machine": Machine,
@@ -61,12 +66,15 @@ _TOOLS: dict[str, Any] = {
     "failing_allocation": failing_allocation,
     "flipped": flipped,
     "jump_with": jump_with,
+    "kill": kill,
     "kho_preserve_vmalloc": kho_preserve_vmalloc,
     "kho_restore_vmalloc": kho_restore_vmalloc,
     "kho_unpreserve_vmalloc": kho_unpreserve_vmalloc,
     "KernelPanic": KernelPanic,
+    "lost_memory": lost_memory,
     "oops": oops,
     "overwritten": overwritten,
+    "refusing": refusing,
     "refusing_freeze": refusing_freeze,
     "stale": stale,
     "suppress": suppress,
@@ -75,6 +83,13 @@ _TOOLS: dict[str, Any] = {
     "vmalloc": vmalloc,
 }
 assert set(_TOOLS) == set(PLACES)
+_WITH = {
+    "allocation": "failing_allocation",
+    "callback": "refusing",
+    "freeze": "refusing_freeze",
+}
+_STRUCK = "fault: "
+"""What the step of a fault that strikes between two others is called."""
 _DEAD = ("luo-no-leftovers", "luo-preserved", "luo-references")
 """Invariants that a task which died in the middle of a call may have broken."""
 
@@ -110,6 +125,10 @@ class Life:
         """Kernels since the machine was switched on, less one."""
         self.has_died = False
         """A task died in the middle of a call, on this machine."""
+        self.has_less = False
+        """Some of its memory was lost at a jump."""
+        self.is_loaded = False
+        """The kernel that runs has loaded its successor's image."""
         self._names: dict[str, int] = {}
         self._has_state = bool(
             any(op.function for op in rules.ops)
@@ -118,9 +137,9 @@ class Life:
             or rules.hooks.before_kexec
             or rules.hooks.after_restore
         )
-        self._exec(f"machine = {self.plan.source}")
+        self.carry(f"machine = {self.plan.source}")
         self.witness = Witness(self.machine) if witnessed else None
-        self._cold_boot()
+        self.cold_boot()
 
     # -- what operations ask ---------------------------------------------------------------------
 
@@ -173,45 +192,48 @@ class Life:
         """
         if isinstance(op, str):
             op = self.rules.op(op)
-        if fault is not None and fault.kind == "crash":
-            self._cold_boot()
+        if fault is not None and fault.kind in BEFORE:
+            self._strike(fault.kind, fault.n)
             fault = None
-            self.steps.append(Step("crash"))
         if not op.is_possible(self):
             return False
         written = op.write(self, **args)
         if written is None:
             return False
-        if fault is not None and fault.kind == "allocation" and not op.can_fail:
+        if fault is not None and not op.may_fail(fault):
             fault = None
         self.steps.append(Step(op.name, tuple(args.items()), fault))
-        if fault is not None and fault.kind == "bytes":
-            self._damage(written, fault)
-        elif fault is not None and fault.kind == "oops":
-            self._die(written, fault)
-        else:
-            self._carry_out(op, written, fault)
+        kind = "" if fault is None else fault.kind
+        if fault is not None and kind == "bytes":
+            damage(self, written, fault)
+        elif fault is not None and kind == "oops":
+            die(self, written, fault)
+        elif fault is None or kind != "memory" or not lose_memory(self, written, fault):
+            self._carry_out(op, written, None if kind == "memory" else fault)
         return True
+
+    def _strike(self, kind: str, n: int) -> None:
+        self.steps.append(Step(f"{_STRUCK}{kind}", (("n", n),)))
+        BEFORE[kind](self, n)
 
     def replay(self, step: Step) -> bool:
         """Carry a step of another life out; see :meth:`do`."""
-        if step.name == "crash":
-            self._cold_boot()
-            self.steps.append(step)
+        if step.name.startswith(_STRUCK):
+            self._strike(step.name.removeprefix(_STRUCK), **dict(step.args))
             return True
         return self.do(step.name, fault=step.fault, **dict(step.args))
 
     def check(self) -> None:
         """Ask every invariant, the books and the checks of the user; raises AssertionError."""
-        if self.machine.check():
+        if asserts.violations_of(self.machine):
             allowing = f", allowing={_DEAD!r}" if self.has_died else ""
-            self._exec(f"assert_no_violations(machine{allowing})")
+            self.carry(f"assert_no_violations(machine{allowing})")
         self._check_books()
-        self._exec("assert_preserved_is_held(kernel)", record=False)
+        self.carry("assert_preserved_is_held(kernel)", record=False)
         for function in self.rules.invariants:
             source = call(function).source
-            self._use((function,))
-            self._exec(source, record=False)
+            self.use((function,))
+            self.carry(source, record=False)
 
     def program(self) -> str:
         """The program so far as a script that runs by itself."""
@@ -220,69 +242,45 @@ class Life:
     # -- helpers ---------------------------------------------------------------------------------
 
     def _carry_out(self, op: Operation, written: Written, fault: Fault | None) -> None:
-        self._use(written.functions)
+        self.use(written.functions)
         for source in written.before:
-            self._exec(source)
+            self.carry(source)
         source = written.source
         if fault is not None:
-            name = "failing_allocation" if fault.kind == "allocation" else "refusing_freeze"
-            source = f"with {name}(kernel, {fault.n}):\n{indented(source)}"
+            source = f"with {_WITH[fault.kind]}(kernel, {fault.n}):\n{indented(source)}"
         allowed = set(op.may_refuse)
         if fault is not None:
             allowed |= {"ENOMEM", "ENOSPC"} if fault.kind == "allocation" else {"EBUSY"}
         try:
-            exec(compiled(source), self.vars)
-        except KernelError as refused:
-            if refused.name not in allowed:
-                self.lines.append(source)
-                self._tell(refused)
+            self.attempt(source)
+        except Exception as error:
+            if not (isinstance(error, KernelError) and error.name in allowed):
+                self.tell(source, error)
                 raise
             self.lines.append(f"with suppress(KernelError):\n{indented(source)}")
             return
-        except Exception as error:
-            self.lines.append(source)
-            self._tell(error)
-            raise
         self.lines.append(source)
         written.done()
         for source in written.after:
-            self._exec(source)
+            self.carry(source)
 
-    def _damage(self, written: Written, fault: Fault) -> None:
-        # Whatever the successor makes of it, nothing is promised any more: a new machine is next.
-        what = DAMAGES[(fault.n - 1) % len(DAMAGES)]
-        words = "".join(f", {word}" for word in written.options)
-        line = f"jump_with(kernel, {what}{words})"
-        self._exec(f"with suppress(KernelError, KernelPanic):\n{indented(line)}")
-        self._exec(f"machine = {self.plan.source}")
-        if self.witness is not None:
-            self.witness = Witness(self.machine)
-        self.has_died = False
-        self._cold_boot()
-
-    def _die(self, written: Written, fault: Fault) -> None:
-        # What the task was at is nobody's; all else has to be as it was.
-        self._use(written.functions)
-        for source in written.before:
-            self._exec(source)
-        body = f"with oops(kernel, {fault.n}):\n{indented(written.source)}"
-        self._exec(f"with suppress(KernelError):\n{indented(body)}")
-        self.has_died = True
-        words = set(re.findall(r"[A-Za-z_]\w*", written.source))
-        for name in words & set(self.things):
-            del self.things[name]
-
-    def _exec(self, source: str, *, record: bool = True) -> None:
+    def carry(self, source: str, *, record: bool = True) -> None:
+        """Run text of the program; an error that it raises carries the program as a note."""
         try:
-            exec(compiled(source), self.vars)
+            self.attempt(source)
         except Exception as error:
-            self.lines.append(source)
-            self._tell(error)
+            self.tell(source, error)
             raise
         if record:
             self.lines.append(source)
 
-    def _tell(self, error: Exception) -> None:
+    def attempt(self, source: str) -> None:
+        """Run text that is not written down yet."""
+        exec(compiled(source), self.vars)
+
+    def tell(self, source: str, error: Exception) -> None:
+        """``source``, the last of the program, has failed: the error says how to see it again."""
+        self.lines.append(source)
         error.add_note(f"khosim program:\n\n{self.program()}")
         if self.witness is not None:
             phys = self._page_of(str(error))
@@ -296,28 +294,38 @@ class Life:
             return int(found[1], 16) << self.machine.hardware.page_shift
         return next((violation.phys for violation in self.machine.check()), 0)
 
-    def _use(self, functions: Iterable[Callable[..., Any]]) -> None:
+    def use(self, functions: Iterable[Callable[..., Any]]) -> None:
+        """The program names functions of the user's from here on."""
         for function in functions:
             if function not in self.functions:
                 self.functions.append(function)
                 self.vars[function.__name__] = function
 
-    def _cold_boot(self) -> None:
+    def new_machine(self) -> None:
+        """Nothing is promised of the one there was any more."""
+        self.carry(f"machine = {self.plan.source}")
+        if self.witness is not None:
+            self.witness = Witness(self.machine)
+        self.has_died = self.has_less = False
+
+    def cold_boot(self) -> None:
+        """The first kernel of a machine, of which nothing survives: new books, a new model."""
         release, wanted = release_source(self.releases[0])
         if wanted:
             self.extra_imports.add(wanted)
-            exec(compiled(wanted), self.vars)
+            self.attempt(wanted)
         words = "" if release == "'7.3'" else f"{release}, "
-        self._exec(f"kernel = machine.boot({words}cmdline={self.rules.cmdline!r})")
+        self.carry(f"kernel = machine.boot({words}cmdline={self.rules.cmdline!r})")
         self.things.clear()
         self.generation = 0
+        self.is_loaded = False
         hooks = self.rules.hooks
         if self._has_state:
-            self._use((hooks.new_state,))
-            self._exec(f"state = {hooks.new_state.__name__}()")
+            self.use((hooks.new_state,))
+            self.carry(f"state = {hooks.new_state.__name__}()")
         if hooks.on_boot is not None:
-            self._use((hooks.on_boot,))
-            self._exec(call(hooks.on_boot).source)
+            self.use((hooks.on_boot,))
+            self.carry(call(hooks.on_boot).source)
 
     def kexec(self) -> Written:
         """The step into the next kernel, with the hooks around it."""
@@ -325,13 +333,14 @@ class Life:
         release, wanted = release_source(self.releases[1])
         if wanted:
             self.extra_imports.add(wanted)
-            exec(compiled(wanted), self.vars)
+            self.attempt(wanted)
         differs = self.generation == 0 and self.releases[0] != self.releases[1]
         words = f"release={release}" if differs else ""
+        jump = "machine.jump(kernel)\nkernel = machine.resume()"
         after = [hook for hook in (hooks.on_boot, hooks.after_restore) if hook is not None]
         before = [hooks.before_kexec] if hooks.before_kexec is not None else []
         return Written(
-            f"kernel = kernel.kexec({words})",
+            jump if self.is_loaded else f"kernel = kernel.kexec({words})",
             self._jumped,
             tuple(call(hook).source for hook in before),
             tuple(call(hook).source for hook in after),
@@ -340,8 +349,18 @@ class Life:
             options=(words,) if words else (),
         )
 
+    def load(self) -> Written:
+        """The step that loads the next kernel, for a kexec to come."""
+        words = ", ".join(["kernel", *self.kexec().options])
+
+        def done() -> None:
+            self.is_loaded = True
+
+        return Written(f"machine.load_image({words})", done)
+
     def _jumped(self) -> None:
         self.generation += 1
+        self.is_loaded = False
         for thing in list(self.things.values()):
             if thing.state == "preserved":
                 thing.state = "incoming"
@@ -379,4 +398,4 @@ class Life:
             for thing, _ in books:
                 if (thing.state == "preserved") == is_in:
                     pfn = thing.name if thing.kind == "pages" else f"{thing.name}.pfn"
-                    self._exec(f"{name}(kernel, {pfn}, {thing.facts['nr']})", record=False)
+                    self.carry(f"{name}(kernel, {pfn}, {thing.facts['nr']})", record=False)

@@ -76,7 +76,12 @@ def _unpreserve_folio(life: Life, pick: int) -> Written | None:
     thing = life.pick(pick, "folio", "preserved")
     if thing is None or not life.kernel.release.has("kho_unpreserve_folio"):
         return None
-    return _move(thing, "held", f"kernel.kho_unpreserve_folio({thing.name})")
+    device = thing.facts.get("device")
+    written = _move(thing, "held", f"kernel.kho_unpreserve_folio({thing.name})")
+    if device:
+        written.before = (f"{device}.stop()",)
+        thing.facts.pop("device")
+    return written
 
 
 def _free_folio(life: Life, pick: int) -> Written | None:
@@ -89,12 +94,18 @@ def _restore_folio(life: Life, pick: int) -> Written | None:
     if thing is None:
         return None
     name, content = thing.name, thing.facts["content"]
-    after = (
+    after: tuple[str, ...] = (
         f"assert {name} is not None, '{name} cannot be restored'",
         f"assert {name}.order == {thing.facts['order']}",
         f"assert {name}.read(0, {len(content)}) == {content!r}",
     )
     written = _move(thing, "held", f"{name} = kernel.kho_restore_folio({name}.phys)")
+    device = thing.facts.pop("device", "")
+    if device:
+        after += (
+            f"{device}.stop()",
+            f"assert {name}.read(8, 8) == {device}.count.to_bytes(8, 'little')",
+        )
     written.after = after
     return written
 

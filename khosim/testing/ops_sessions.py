@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from khosim.testing.life import Life
 
-__all__ = ("KEXEC", "SESSIONS", "STANDARD", "chosen")
+__all__ = ("KEXEC", "LOAD", "SESSIONS", "STANDARD", "chosen")
 
 _PICK = st.integers(0, 7)
 _TOKENS = (0, 1, 2, (1 << 64) - 1)
@@ -201,13 +201,21 @@ SESSIONS: tuple[Operation, ...] = (
 KEXEC = Operation("kexec", lambda life: life.kexec(), {}, 4)
 """The step into the next kernel; always there."""
 
+def _can_load(life: Life) -> bool:
+    # Where a handover is finalized nothing can be preserved behind it.
+    return not life.is_loaded and not life.kernel.release.finalize
+
+
+LOAD = Operation("load_image", lambda life: life.load(), {}, 1, when=_can_load)
+"""The next kernel is loaded, and jumped to when a kexec is next."""
+
 _GROUPS = {"memory": MEMORY, "vmalloc": VMALLOC, "sessions": SESSIONS}
-STANDARD: tuple[Operation, ...] = (*MEMORY, *VMALLOC, *SESSIONS, KEXEC)
+STANDARD: tuple[Operation, ...] = (*MEMORY, *VMALLOC, *SESSIONS, LOAD, KEXEC)
 """All that the kit brings along."""
 
 
 def chosen(ops: Iterable[Operation], standard: Sequence[str]) -> tuple[Operation, ...]:
-    """The user's operations, those of the groups named, and the kexec."""
+    """The user's operations, those of the groups named, the load and the kexec."""
     picked: list[Operation] = []
     for op in ops:
         if not isinstance(op, Operation):
@@ -220,4 +228,4 @@ def chosen(ops: Iterable[Operation], standard: Sequence[str]) -> tuple[Operation
             known = ", ".join(_GROUPS)
             raise InputError("khosim.testing: standard", f"{group!r} is none of {known}")
         picked += _GROUPS[group]
-    return (*picked, KEXEC)
+    return (*picked, LOAD, KEXEC)

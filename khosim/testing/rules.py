@@ -14,6 +14,7 @@ from khosim.errors import InputError
 from khosim.kernel.release import Release, find_release
 
 if TYPE_CHECKING:
+    from khosim.testing.faults import Fault
     from khosim.testing.life import Life
     from khosim.testing.step import Written
 
@@ -50,6 +51,15 @@ class Operation:
         if self.function is None:
             raise InputError(f"khosim.testing: {self.name}", "only a Life can carry it out")
         return self.function(*args, **values)
+
+    def may_fail(self, fault: Fault) -> bool:
+        """Whether ``fault`` may strike within it.
+
+        The kit's own leave everything as it was also where a callback refuses.
+        """
+        if fault.kind == "callback" and self.function is None:
+            return True
+        return self.can_fail or fault.kind not in ("allocation", "callback")
 
     def is_possible(self, life: Life) -> bool:
         """Whether it may be tried now."""

@@ -52,9 +52,10 @@ def machine_plans(
     memoryless: bool = True,
     allocators: Sequence[str] = ("linux", "adversarial"),
 ) -> MachinePlan:
-    """Machines that boot with ``kho=on``: architecture, page size, RAM, nodes, holes.
+    """Machines on which 7.3 boots with ``kho=on``: architecture, page size, RAM, nodes, holes.
 
-    A hole is 1 to 4 MiB in the upper half of RAM. Machines with pages of 16 and 64 KiB have at
+    A hole is 1 to 4 MiB in the upper half of RAM; 64 MiB with a hole have no room for scratch, so
+    that machines of less than 96 MiB have none. Machines with pages of 16 and 64 KiB have at
     least 512 MiB, those with several nodes 64 MiB and 32 MiB for each. ``memoryless`` puts a node
     without memory behind the others now and then.
     """
@@ -68,7 +69,8 @@ def machine_plans(
     total = parse_size(ram)
     low = (_BASE[arch] + total // 2) // _MIB
     high = (_BASE[arch] + total) // _MIB - 8
-    starts = draw(st.lists(st.integers(low // 8, high // 8 - 1), max_size=holes_max, unique=True))
+    most = holes_max if total >= 96 * _MIB else 0
+    starts = draw(st.lists(st.integers(low // 8, high // 8 - 1), max_size=most, unique=True))
     holes = tuple(
         (8 * start * _MIB, (8 * start + draw(st.integers(1, 4))) * _MIB)
         for start in sorted(starts)
