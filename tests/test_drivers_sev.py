@@ -164,3 +164,85 @@ def test_no_asid_no_guest() -> None:
     assert isinstance(drivers.kvm.create_vm("a", encrypted=True), KvmFile)
     with pytest.raises(KernelError, match="EBUSY"):
         drivers.kvm.create_vm("b", encrypted=True)
+
+
+# -- no page of a guest is free -------------------------------------------------------------------
+
+
+def _assigned(kernel: Kernel) -> int:
+    """Bytes that the table gives to guests or firmware."""
+    return sum(end - start for start, end, _ in _machine(kernel).snp.rmp.runs())
+
+
+def _use_all_memory(kernel: Kernel) -> None:
+    """Write to every page that the kernel has to give."""
+    order = 8
+    while True:
+        try:
+            kernel.alloc_folio(order, zero=True)
+        except KernelError:
+            if not order:
+                return
+            order -= 1
+
+
+def _two_guests() -> tuple[Kernel, list[Vmm]]:
+    machine = Machine("128M", devices=[Snp()])
+    kernel = machine.boot(cmdline="kho=on liveupdate=on")
+    plans = [VmmPlan(name, encrypted=True) for name in "ab"]
+    return kernel, [Vmm.start(kernel, it, kernel.memfd(it.name, size="8M")) for it in plans]
+
+
+def test_a_guest_beside_that_nobody_preserves_leaves_nothing_assigned() -> None:
+    """The firmware goes on for one guest; pages of the other are anybody's in the successor."""
+    kernel, vmms = _two_guests()
+    before = _assigned(kernel)
+    session = kernel.liveupdate.create_session("a")
+    for token, file in enumerate(vmms[0].files().values()):
+        session.preserve(file, token)
+    machine = kernel.host
+    assert isinstance(machine, Machine)
+    successor = machine.kexec(kernel)
+    assert _assigned(successor) == before // 2
+    _use_all_memory(successor)
+    assert machine.check() == []
+
+
+def test_memory_that_is_in_no_session_is_the_hosts_again() -> None:
+    """The machine goes on without it; the successor may write there."""
+    kernel, (vmm, _) = _two_guests()
+    session = kernel.liveupdate.create_session("a")
+    for token, (name, file) in enumerate(vmm.files().items()):
+        if name != "memory":
+            session.preserve(file, token)
+    machine = kernel.host
+    assert isinstance(machine, Machine)
+    successor = machine.kexec(kernel)
+    assert _assigned(successor) == 2 * PAGE  # context page and save area
+    _use_all_memory(successor)
+    assert machine.check() == []
+
+
+def test_a_guest_that_was_not_taken_back_before_the_next_jump() -> None:
+    """Its session is lost with the second jump, and nothing of it stays assigned."""
+    kernel, vmms = _two_guests()
+    for vmm in vmms:
+        session = kernel.liveupdate.create_session(vmm.plan.name)
+        for token, file in enumerate(vmm.files().values()):
+            session.preserve(file, token)
+    machine = kernel.host
+    assert isinstance(machine, Machine)
+    names = list(vmms[0].files())
+    second = machine.kexec(kernel)
+    session = second.liveupdate.retrieve_session("a")
+    back = {name: session.retrieve(token) for token, name in enumerate(names)}
+    vmm = Vmm.resume(second, vmms[0].plan, back)
+    session.finish()
+    session.close()
+    session = second.liveupdate.create_session("again")
+    for token, file in enumerate(vmm.files().values()):
+        session.preserve(file, token)
+    before = _assigned(second)
+    third = machine.kexec(second)
+    assert _assigned(third) == before // 2
+    _use_all_memory(third)

@@ -153,6 +153,21 @@ def _end_the_guest(host: Host) -> None:
     snp.shutdown()
 
 
+def test_a_free_page_that_the_table_gives_away_is_told() -> None:
+    """Before any jump: whoever gets it dies of a #PF(RMP)."""
+    host = Host()
+    kernel = host.resume()
+    page = kernel.alloc_folio(0)
+    phys = page.phys
+    snp = host.devices.snp
+    assert snp is not None
+    assert not snp.rmp.rmpupdate(phys, 4096, assigned=True, immutable=True)
+    assert host.spoke() == set()
+    page.put()
+    assert [violation.phys for violation in host.machine.check()] == [phys]
+    assert host.spoke() == {"rmp-owner"}
+
+
 @pytest.mark.parametrize(
     ("happens", "name"),
     [

@@ -77,6 +77,7 @@ class KeptGuest(NamedTuple):
     """A guest: the frames of its memory; ``gctx_phys`` 0 for one that is not encrypted.
 
     ``assigned`` are the ``(start, end, kind, asid)`` of the reverse map table that are its own.
+    ``has_memory``: a session carries that, too.
     """
 
     name: str
@@ -85,6 +86,7 @@ class KeptGuest(NamedTuple):
     gctx_phys: int
     asid: int
     assigned: list[tuple[int, int, str, int]]
+    has_memory: bool
 
 
 def pages_of(runs: Iterable[Any]) -> Ranges:
@@ -160,10 +162,11 @@ class DeviceWatch:
         for vm in drivers.kvm.vms:
             names = [sessions.get(id(vm))]
             is_carried = names[0] is not None
-            names += [sessions.get(id(slot.memfd)) for slot in vm.slots]
+            of_memory = [sessions.get(id(slot.memfd)) for slot in vm.slots]
+            names += of_memory
             session = next((name for name in names if name is not None), None)
             if session is not None:
-                self._take_guest(hardware, vm, session, is_carried)
+                self._take_guest(hardware, vm, session, is_carried, None not in of_memory)
 
     # -- taking ---------------------------------------------------------------------------------
 
@@ -214,7 +217,9 @@ class DeviceWatch:
                     found[mapping.iova] = phys
         return found
 
-    def _take_guest(self, hardware: Hardware, vm: Any, session: str, is_carried: bool) -> None:
+    def _take_guest(
+        self, hardware: Hardware, vm: Any, session: str, is_carried: bool, has_memory: bool
+    ) -> None:
         # An encrypted guest that nobody carries is over: only its memory is asked for.
         machine = hardware.devices
         assert machine is not None
@@ -224,7 +229,8 @@ class DeviceWatch:
         if vm.guest is not None and machine.snp is not None and is_carried:
             gctx_phys, asid = vm.guest.gctx_phys, vm.guest.asid
             assigned = assigned_to(machine, asid)
-        self.guests.append(KeptGuest(vm.name, session, pages, gctx_phys, asid, assigned))
+        kept = KeptGuest(vm.name, session, pages, gctx_phys, asid, assigned, has_memory)
+        self.guests.append(kept)
         for vcpu in vm.vcpus:
             posted = int.from_bytes(ram.read(vcpu.pi_desc, _PIR_BYTES), "little")
             self.vcpus.append(KeptVcpu(vcpu.name, session, vcpu.pi_desc, posted))

@@ -22,6 +22,8 @@ from khosim.kernel.page import Folio
 from khosim.machine.devices import GuestWrite
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from khosim.drivers.sev import Sev, SnpGuest
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.memfd import Memfd
@@ -71,6 +73,8 @@ class Kvm:
         """``kvm_shutdown``: virtualization is turned off; vCPUs that still run stop."""
         for vcpu in self.vcpus:
             vcpu.pause()
+        for vm in self.vms:
+            vm.let_go_of_lost_memory()
 
 
 class KvmFile(File):
@@ -98,10 +102,24 @@ class KvmFile(File):
         memfd.get_file()
         self.slots.append(MemorySlot(gpa, size, memfd, offset))
 
-    def maps(self) -> list[tuple[int, int, int]]:
-        """``(gpa, phys, len_bytes)`` of all memory that has folios, adjoining ones as one."""
+    def let_go_of_lost_memory(self) -> None:
+        """An encrypted guest goes on and some of its memory is in no session: the host's again.
+
+        The next kernel takes those pages for free, and would get a #PF(RMP) for writing there.
+        """
+        sev, guest = self.kvm.sev, self.guest
+        if sev is not None and guest is not None and guest.outgoing:
+            lost = [slot for slot in self.slots if not slot.memfd.inode.frozen]
+            for _, phys, size in self.maps(lost):
+                sev.make_shared(phys, size)
+
+    def maps(self, slots: Sequence[MemorySlot] | None = None) -> list[tuple[int, int, int]]:
+        """``(gpa, phys, len_bytes)`` of all memory that has folios, adjoining ones as one.
+
+        Only of some ``slots`` where they are given.
+        """
         found: list[tuple[int, int, int]] = []
-        for slot in self.slots:
+        for slot in self.slots if slots is None else slots:
             shift = slot.memfd.kernel.arch.page_shift
             end = slot.offset + slot.len_bytes
             pages = slot.memfd.inode.mapping.overlapping(slot.offset >> shift, -(-end >> shift))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from khosim.checks.device_watch import assigned_to, pages_of
 from khosim.checks.invariants.base import DEVICES, REPORTED_MAX, Invariant
 from khosim.checks.look import AT_ANY_TIME, BOOTED, IN_BETWEEN, JUMP, RETRIEVED, TAKEOVER
-from khosim.checks.ranges import holds, merged
+from khosim.checks.ranges import holds, merged, minus, page_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -281,22 +281,45 @@ def _descriptors(look: Look) -> Ranges | None:
     return merged((starts, ends))
 
 
+def _free_and_assigned(look: Look, machine: Any) -> list[Violation]:
+    # Pages that the running kernel may hand to anybody, who would get a #PF(RMP) for writing there.
+    kernel = look.kernel
+    runs = machine.snp.rmp.runs() if machine.snp.rmp.enabled else []
+    if kernel is None or look.stage not in (BOOTED, JUMP, AT_ANY_TIME) or not runs:
+        return []
+    shift = look.page_shift
+    starts, ends, _ = kernel.pages.pages.columns()
+    taken = page_ranges(zip(starts, ends, strict=True), 0)
+    assigned = page_ranges([run[:2] for run in runs], shift)
+    left, _ = minus(assigned, merged(taken))
+    return [
+        look.says(
+            "rmp-owner",
+            f"page {pfn << shift:#x} is free, and {machine.snp.rmp.entry(pfn).kind} by the table",
+            pfn << shift,
+        )
+        for pfn in left.tolist()
+    ]
+
+
 def _rmp_owner(look: Look) -> Sequence[Violation]:
     name = "rmp-owner"
     watch, machine = look.history.devices, look.hardware.devices
-    if watch is None or machine is None or machine.snp is None:
+    if machine is None or machine.snp is None:
         return ()
-    found = []
+    found = _free_and_assigned(look, machine)
+    if watch is None:
+        return found[:REPORTED_MAX]
     for guest in watch.guests:
         if not guest.gctx_phys or not watch.is_carried(look.kernel, guest.session):
             continue
         if guest.gctx_phys not in machine.snp.guests:
             text = f"the firmware does not know {guest.name} any more: its key is gone"
             found.append(look.says(name, text, guest.gctx_phys))
-        elif assigned_to(machine, guest.asid) != guest.assigned:
+        elif guest.has_memory and assigned_to(machine, guest.asid) != guest.assigned:
             text = f"pages of {guest.name} are not its own any more"
             found.append(look.says(name, text, guest.gctx_phys))
-    return found
+    return found[:REPORTED_MAX]
 
 
 _ALWAYS = frozenset((IN_BETWEEN, TAKEOVER, BOOTED, RETRIEVED, JUMP, AT_ANY_TIME))
@@ -346,7 +369,7 @@ INVARIANTS = (
     ),
     Invariant(
         "rmp-owner",
-        "An encrypted guest keeps its key and its pages.",
+        "An encrypted guest keeps its key and its pages, and no page of a guest is free.",
         _ALWAYS,
         _rmp_owner,
         DEVICES,
