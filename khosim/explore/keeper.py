@@ -1,8 +1,9 @@
 """What suspects come to: findings, the same whoever made the runs and however fast.
 
-Each cause has a queue of suspects in the order of the runs. Who stands first is counted for a
-finding that explains it, or else has to be shrunk before the queue goes on. Queues do not depend on
-each other, so several causes can be shrunk at the same time.
+Suspects that the same known hazards explain have a queue, in the order of the runs; so has each
+cause that nothing explains. Who stands first is counted for a finding that says the same, or else
+has to be shrunk before the queue goes on. Queues do not depend on each other, so several can be
+shrunk at the same time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ("Answer", "Asked", "Keeper", "tags", "together")
 
 _PER_CAUSE = 5
+_PER_HAZARD = 2
+"""Programs that are shrunk of one cause, and of what one known hazard explains."""
 _TOLD_BY_LAST = ("memfd", "vmalloc", "token", "fallocate")
 """Kinds of steps whose last argument makes another program of it."""
 
@@ -53,13 +56,16 @@ def tags(steps: Iterable[Step]) -> frozenset[str]:
 
 
 class _Queue:
-    """Suspects of one cause that wait, and what is known of it."""
+    """Suspects with one explanation that wait, and what is known of it."""
 
-    __slots__ = ("asked", "known", "waiting")
+    __slots__ = ("asked", "counted", "known", "most", "waiting")
 
-    def __init__(self) -> None:
-        self.waiting: deque[Suspect] = deque()
+    def __init__(self, most: int) -> None:
+        self.waiting: deque[tuple[Suspect, Cause]] = deque()
         self.known: list[Finding] = []
+        self.counted: set[str] = set()
+        """Runs that show it together with others, or once more than it has to be shrunk."""
+        self.most = most
         self.asked = False
 
 
@@ -68,11 +74,10 @@ class Keeper:
 
     def __init__(self, release: str | Release) -> None:
         self._release = release
-        self._queues: dict[Cause, _Queue] = {}
+        self._queues: dict[tuple[str, ...], _Queue] = {}
+        self._places: dict[Asked, _Queue] = {}
         self._answers: dict[Asked, Answer] = {}
         self._wanted: deque[tuple[Asked, Suspect]] = deque()
-        self._places: dict[int, tuple[int, int]] = {}
-        self._taken = 0
         self.unshrunk = 0
         """Suspects that did not show it a second time."""
         self.unexplained = 0
@@ -80,12 +85,19 @@ class Keeper:
 
     def take(self, suspect: Suspect) -> None:
         """The next suspect."""
-        self._taken += 1
-        for cause in suspect.causes:
-            queue = self._queues.setdefault(cause, _Queue())
-            queue.waiting.append(suspect)
+        for cause, switches in suspect.told:
+            alone = [self._queues[(name,)] for name in switches if (name,) in self._queues]
+            if len(switches) > 1 and len(alone) == len(switches):
+                for queue in alone:
+                    queue.counted.add(suspect.seed)
+                continue
+            key = switches or ("", *cause)
+            if key not in self._queues:
+                self._queues[key] = _Queue(_PER_HAZARD if switches else _PER_CAUSE)
+            queue = self._queues[key]
+            queue.waiting.append((suspect, cause))
             if not queue.asked:
-                self._settle(cause, queue)
+                self._settle(queue)
 
     def recall(self, asked: Asked, answer: Answer) -> None:
         """An answer from an earlier time, for whenever it will be asked."""
@@ -103,29 +115,31 @@ class Keeper:
     def answer(self, asked: Asked, answer: Answer) -> None:
         """What shrinking came to."""
         self._answers[asked] = answer
-        queue = self._queues[asked.cause]
+        queue = self._places.pop(asked)
         queue.asked = False
-        self._settle(asked.cause, queue)
+        self._settle(queue)
 
-    def _settle(self, cause: Cause, queue: _Queue) -> None:
+    def _settle(self, queue: _Queue) -> None:
         while queue.waiting:
-            suspect = queue.waiting[0]
+            suspect, cause = queue.waiting[0]
             asked = Asked(suspect.seed, cause)
             parts = tags(suspect.steps)
             explained = next((f for f in queue.known if f.kinds <= parts), None)
             if explained is not None:
                 explained.runs.add(suspect.seed)
-            elif len(queue.known) >= _PER_CAUSE:
-                self.unexplained += 1
+            elif len(queue.known) >= queue.most:
+                self.unexplained += queue.most == _PER_CAUSE
+                queue.counted.add(suspect.seed)
             elif asked in self._answers:
-                self._found(cause, queue, suspect, self._answers[asked])
+                self._found(queue, suspect, cause, self._answers[asked])
             else:
                 queue.asked = True
+                self._places[asked] = queue
                 self._wanted.append((asked, suspect))
                 return
             queue.waiting.popleft()
 
-    def _found(self, cause: Cause, queue: _Queue, suspect: Suspect, answer: Answer) -> None:
+    def _found(self, queue: _Queue, suspect: Suspect, cause: Cause, answer: Answer) -> None:
         if answer is None:
             self.unshrunk += 1
             return
@@ -142,6 +156,9 @@ class Keeper:
 
     def findings(self) -> list[Finding]:
         """All of them, each cause for itself, in the order of the runs that they are from."""
+        for queue in self._queues.values():
+            if queue.known and queue.most == _PER_HAZARD:
+                queue.known[0].runs |= queue.counted
         every = [found for queue in self._queues.values() for found in queue.known]
         return sorted(every, key=lambda f: (_place(f.seed), f.invariant, f.shape))
 

@@ -46,7 +46,11 @@ __all__ = (
 def of_runs(first: int, count: int, runs: Runs, release: str | Release) -> Line:
     """Some runs in a row."""
     suspects = [
-        [int(s.seed.rpartition(":")[2]), [list(cause) for cause in s.causes], *_steps(s, release)]
+        [
+            int(s.seed.rpartition(":")[2]),
+            [[*cause, *switches] for cause, switches in s.told],
+            encode_steps(s.steps, release),
+        ]
         for s in runs.suspects
     ]
     line: Line = {"runs": [first, count], "suspects": suspects, "reached": sorted(runs.reached)}
@@ -55,10 +59,6 @@ def of_runs(first: int, count: int, runs: Runs, release: str | Release) -> Line:
     if runs.given_up:
         line["given_up"] = runs.given_up
     return line
-
-
-def _steps(suspect: Suspect, release: str | Release) -> list[Any]:
-    return [encode_steps(suspect.steps, release)]
 
 
 def to_runs(line: Line, spec: Spec, place: str) -> tuple[int, int, Runs]:
@@ -73,9 +73,13 @@ def to_runs(line: Line, spec: Spec, place: str) -> tuple[int, int, Runs]:
         if not isinstance(suspect, list) or len(suspect) != 3 or not isinstance(suspect[1], list):
             raise InputError(place, "not what a campaign has written")
         number, causes, steps = suspect
-        told = tuple(_cause(cause, place) for cause in causes)
+        if not all(_are_texts(cause) and len(cause) > 1 for cause in causes):
+            raise InputError(place, "not what a campaign has written")
+        told = tuple((cause[0], cause[1]) for cause in causes)
+        switches = tuple(tuple(cause[2:]) for cause in causes)
         program = tuple(decode_steps(steps, spec.release, place))
-        found.append(Suspect(f"{spec.seed}:{_numbers([number], 1, place)[0]}", program, told))
+        name = f"{spec.seed}:{_numbers([number], 1, place)[0]}"
+        found.append(Suspect(name, program, told, switches))
     (given_up,) = _numbers([line.get("given_up", 0)], 1, place)
     if not isinstance(lost, list):
         raise InputError(place, "not what a campaign has written")
@@ -171,12 +175,6 @@ def to_finding(line: Line, place: str) -> tuple[str | Release, list[Step], Probl
     if steps[0].kind != "boot":
         raise InputError(place, "its program does not begin with a boot")
     return release, steps, decode_problem(line.get("problem"), place)
-
-
-def _cause(value: Any, place: str) -> tuple[str, str]:
-    if not _are_texts(value) or len(value) != 2:
-        raise InputError(place, "not what a campaign has written")
-    return value[0], value[1]
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:

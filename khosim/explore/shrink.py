@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from khosim.explore.hazards import SWITCHES
 from khosim.explore.limits import BY_THE_CLOCK, alarm
 from khosim.explore.search import KINDS, replay
 from khosim.explore.world import Step
+from khosim.kernel.release import find_release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -65,9 +67,19 @@ def cause_of(problem: Problem) -> tuple[str, str]:
 
 
 def on_release(steps: Sequence[Step], release: str | Release) -> list[Step]:
-    """The same program, booted on another release."""
+    """The same program, booted on another release.
+
+    Successors that are of a release of their own get the switches that ``release`` has.
+    """
     boot = steps[0]
-    return [boot._replace(args=(*boot.args[:2], release, *boot.args[3:])), *steps[1:]]
+    on = [name for name in SWITCHES if getattr(find_release(release), name)]
+    ending = "".join(f"+{name}=on" for name in on) + '"'
+    told = [boot._replace(args=(*boot.args[:2], release, *boot.args[3:]))]
+    for step in steps[1:]:
+        if on and step.kind == "kexec" and step.args[-1].startswith('release="'):
+            step = step._replace(args=(*step.args[:-1], step.args[-1][:-1] + ending))
+        told.append(step)
+    return told
 
 
 def speaks(steps: Sequence[Step], cause: tuple[str, str], release: str | Release) -> Problem | None:

@@ -12,14 +12,13 @@ from khosim.explore import interleave
 from khosim.explore.coverage import Reached, watching
 from khosim.explore.engine import drawn_by_hypothesis
 from khosim.explore.exhaust import expand, keep_of, kinds_of
-from khosim.explore.hazards import SWITCHES
-from khosim.explore.limits import BY_THE_CLOCK, alarm
+from khosim.explore.limits import alarm
+from khosim.explore.causes import explanations, silencers
 from khosim.explore.search import random_run
-from khosim.explore.shrink import cause_of, on_release, shrink, speaks
-from khosim.kernel.release import find_release
+from khosim.explore.shrink import cause_of, shrink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from random import Random
 
     from khosim.explore.world import Step
@@ -49,6 +48,14 @@ class Suspect(NamedTuple):
     seed: str
     steps: tuple[Step, ...]
     causes: tuple[Cause, ...]
+    explained: tuple[tuple[str, ...], ...] = ()
+    """For each of the causes the switches that together make it silent, if any do."""
+
+    @property
+    def told(self) -> Iterator[tuple[Cause, tuple[str, ...]]]:
+        """Each cause with the switches that explain it."""
+        explained = self.explained or ((),) * len(self.causes)
+        return zip(self.causes, explained, strict=True)
 
 
 class Runs(NamedTuple):
@@ -100,7 +107,9 @@ def run_unit(
         if n >= first:
             reached.update(step.kind for step in world.steps)
             if causes:
-                suspects.append(Suspect(name, tuple(world.steps), causes))
+                steps = tuple(world.steps)
+                why = explanations(steps, causes, release)
+                suspects.append(Suspect(name, steps, causes, why))
         world.close()
 
     made = count
@@ -111,37 +120,6 @@ def run_unit(
             if n not in skip:
                 run(n)
     return Runs(suspects, reached, tuple(skip), given_up=count - made)
-
-
-def silencers(
-    steps: Sequence[Step],
-    cause: Cause,
-    release: str | Release,
-    tick: Callable[[int], None] = _no_tick,
-) -> tuple[str, ...]:
-    """The switches of known hazards that each make ``cause`` silent in a program.
-
-    Where no single one does, a smallest set that does together; nothing where not even all do.
-    """
-    found = find_release(release)
-    off = [name for name in SWITCHES if not getattr(found, name)]
-
-    def is_silent(names: Sequence[str]) -> bool:
-        tick(0)
-        changed = found.evolve(name=f"{found.name} and", **dict.fromkeys(names, True))
-        return not speaks(on_release(steps, changed), cause, changed)
-
-    if not off or BY_THE_CLOCK in cause[1] or not is_silent(off):
-        return ()
-    alone = tuple(name for name in off if is_silent([name]))
-    if alone:
-        return alone
-    needed = list(off)
-    for name in off:
-        less = [other for other in needed if other != name]
-        if is_silent(less):
-            needed = less
-    return tuple(needed)
 
 
 def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
