@@ -21,6 +21,7 @@ import pytest
 from khosim.cli.main import main
 from khosim.errors import InputError
 from khosim.explore.campaign import Campaign
+from khosim.explore.causes import explanations, silencers
 from khosim.explore.corpus import Corpus
 from khosim.explore.crew import Workers
 from khosim.explore.hazards import SWITCHES, fixed, hazard_of
@@ -28,7 +29,7 @@ from khosim.explore.keeper import Keeper, together
 from khosim.explore.limits import NoEnd, alarm
 from khosim.explore.search import KINDS, replay
 from khosim.explore.shrink import Finding, cause_of
-from khosim.explore.work import Spec, Suspect, Task, do, run_unit, silencers
+from khosim.explore.work import Spec, Suspect, Task, do, run_unit
 from khosim.explore.world import Problem, Step, World
 
 BOOT = Step("boot", ('"64M"', "kho=on liveupdate=on", "7.3"))
@@ -451,6 +452,52 @@ def test_a_switch_that_silences_names_the_hazard() -> None:
     assert silencers(steps, cause_of(problem), "7.3") == ("fix_region_release",)
     assert silencers(steps, cause_of(problem), fixed("7.3")) == ()
     assert silencers(steps, ("nobody", "says so"), "7.3")[:1] == (next(iter(SWITCHES)),)
+
+
+TWO = [
+    Step("boot", ('"64M"', "kho=on liveupdate=on reserve_mem=4096:4096:a", "7.3")),
+    Step("create_session", ("s0", "vm")),
+    Step("kexec", ("kho=on",)),
+]
+WAITS = "page # (pfn #, # pages) waits to be restored, and nobody is left to do it"
+
+
+def test_two_hazards_with_equal_words_are_told_apart() -> None:
+    """A set of switches explains a program, a single one each of its halves."""
+    cause = ("all-given-back", WAITS)
+    luo, region = "fix_luo_off", "fix_region_unclaimed"
+    one = [TWO[0], TWO[2]]
+    other = [Step("boot", ('"64M"', "kho=on liveupdate=on", "7.3")), *TWO[1:]]
+    told = [explanations(steps, [cause], "7.3") for steps in (TWO, one, other)]
+    assert [set(switches) for (switches,) in told] == [{luo, region}, {region}, {luo}]
+    assert explanations(one, [cause, ("no", "words")], fixed("7.3")) == ((), ())
+    assert explanations(one, [("no", "words")], "7.3") == ((),)
+
+
+def test_a_successor_of_its_own_release_gets_the_switches() -> None:
+    """What speaks in another release's kernel is explained as well."""
+    line = "kho=on liveupdate=on"
+    odd = Step("kexec", (f"{line} elfcorehdr=1M", 'release="7.3"'))
+    steps = [Step("boot", ('"64M"', line, "7.2")), odd]
+    world = replay(steps)
+    assert world is not None
+    cause = cause_of(world.problems[0])
+    assert explanations(steps, [cause], "7.2") == (("fix_elfcorehdr",),)
+
+
+def test_what_two_hazards_explain_is_counted_for_both() -> None:
+    """A program with both needs no shrinking once each was seen alone."""
+    keeper = Keeper("7.3")
+    cause = ("a", "x")
+    for n, switches in enumerate((("fix_a",), ("fix_b",), ("fix_a", "fix_b"))):
+        steps = (BOOT, Step("memfd" if n else "vmalloc", (n,)))
+        keeper.take(Suspect(f"0:{n}", steps, (cause,), (switches,)))
+    for name in ("fix_a", "fix_b"):
+        wanted = keeper.next_wanted()
+        assert wanted is not None
+        keeper.answer(wanted[0], (list(wanted[1].steps), Problem("a", "x", 0), (name,)))
+    assert keeper.next_wanted() is None
+    assert [(f.switches, f.count) for f in keeper.findings()] == [(("fix_a",), 2), (("fix_b",), 2)]
 
 
 def test_each_switch_has_a_page() -> None:

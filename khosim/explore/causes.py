@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from khosim.explore.hazards import SWITCHES
+from khosim.explore.hazards import known_in
 from khosim.explore.limits import BY_THE_CLOCK, alarm
 from khosim.explore.search import problems_of, replay
 from khosim.explore.shrink import cause_of, on_release, speaks
@@ -49,7 +49,7 @@ def explanations(
 ) -> tuple[tuple[str, ...], ...]:
     """For each cause a small set of switches that makes it silent together; () where none does."""
     found = find_release(release)
-    off = [name for name in SWITCHES if not getattr(found, name)]
+    off = known_in(found)
     tries = _Tries(steps, found)
     told = []
     for cause in causes:
@@ -84,7 +84,7 @@ def silencers(
     Where no single one does, a smallest set that does together; nothing where not even all do.
     """
     found = find_release(release)
-    off = [name for name in SWITCHES if not getattr(found, name)]
+    off = known_in(found)
 
     def is_silent(names: Sequence[str]) -> bool:
         tick(0)

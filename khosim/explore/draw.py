@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from khosim.explore.catalog import GIVES_BACK, KINDS, SCENARIOS
-from khosim.explore.kinds import NEW, Args, Kind
+from khosim.explore.kinds import NEW, Args, Kind, is_lawful
 from khosim.explore.kinds_boot import machine_weight
 from khosim.explore.world import Step, World
 
@@ -26,6 +26,7 @@ __all__ = ("is_drained", "named", "random_run")
 _STEPS_MAX = 36
 _REFUSALS_MAX = 3
 _NO_OOPS = ("kexec", "jump", "reset", "kill")
+_SWEEP_MAX = 16
 _FACTORS = (0.2, 1, 1, 3)
 """A program has its own likings: kinds of steps that it takes seldom, or often."""
 _SHARE = {"bytes": 1, "maps": 1, "devices": 1, "oops": 1, "memfd": 5, "shared": 5, "sessions": 4}
@@ -111,10 +112,22 @@ def _random_step(
             args = choices[0]
             if "successors" in groups and random.random() < 0.6:
                 args = _by_change(random, world.cmdline, [(args[0], args) for args in choices])
-        step = Step(kind.name, named(world, kind, args), *_fault(random, kind, groups))
-        world.run(step)
+        step = Step(kind.name, named(world, kind, args), *_fault(random, world, kind, args, groups))
+        errno = world.run(step)
+        if errno == "ENOMEM" and world.has_fired and not step.boot and random.random() < 0.6:
+            _sweep(world, kind, step)
         return True
     return False
+
+
+def _sweep(world: World, kind: Kind, step: Step) -> None:
+    # What was refused memory and may be tried again is refused at each later place, until it works.
+    for fault in range(step.fault + 1, step.fault + _SWEEP_MAX):
+        if world.is_over or not world.has_fired or not is_lawful(world, kind, step.args):
+            return
+        step = step._replace(fault=fault)
+        if world.run(step) != "ENOMEM":
+            return
 
 
 def _by_change(random: Random, before: str, choices: list[tuple[str, Args]]) -> Args:
@@ -129,14 +142,19 @@ def _by_change(random: Random, before: str, choices: list[tuple[str, Args]]) -> 
     return random.choice(ways[random.choice(list(ways))])
 
 
-def _fault(random: Random, kind: Kind, groups: Sequence[str]) -> tuple[int, bool, bool]:
+def _fault(
+    random: Random, world: World, kind: Kind, args: Args, groups: Sequence[str]
+) -> tuple[int, bool, bool]:
     if "oops" in groups and kind.name not in _NO_OOPS and random.random() < 0.1:
         return random.randrange(1, random.choice((4, 12))), False, True
     if "faults" not in groups or not kind.can_fail or random.random() > 0.25:
         return 0, False, False
     boot = kind.name in ("kexec", "jump") and random.random() < 0.7
-    most = kind.asks if random.random() < 0.9 else 3 * kind.asks
-    return random.randrange(1, most + 1), boot, False
+    asks = kind.asks if isinstance(kind.asks, int) else kind.asks(world, args)
+    chance = random.random()
+    if chance < 0.2:  # the last one is where most has been done that may have to be undone
+        return asks, boot, False
+    return random.randrange(1, (asks if chance < 0.9 else 3 * asks) + 1), boot, False
 
 
 def _weight(world: World, kind: Kind, weight: float) -> float:

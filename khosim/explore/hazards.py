@@ -1,4 +1,4 @@
-"""The hazards of 7.3 that the search found, and the switches that make each go away."""
+"""The hazards that the search found, and the switches that make each go away."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ from functools import lru_cache
 from khosim.kernel.behaviours import Release
 from khosim.kernel.release import RELEASES, find_release
 
-__all__ = ("SWITCHES", "fixed", "hazard_of", "told")
+__all__ = ("EARLIER", "SWITCHES", "fixed", "hazard_of", "known_in", "told")
 
 SWITCHES: dict[str, bool] = {
     field.name: True for field in dataclasses.fields(Release) if field.name.startswith("fix_")
 }
 """What a release with all hazards switched off evolves by."""
+EARLIER = {
+    "kdump_guard": "kdump-scratch",
+    "scratch_excludes_hugetlb": "huge-pages-scale",
+    "hugetlb_outside_scratch": "huge-pages-scale",
+}
+"""Hazards of 7.2 that 7.3 has fixed: the behaviours that are on from then on, and the pages."""
+
+
+def known_in(release: Release) -> list[str]:
+    """The switches of known hazards that ``release`` has."""
+    return [name for name in (*SWITCHES, *EARLIER) if not getattr(release, name)]
 
 
 def fixed(release: str | Release) -> Release:
     """``release`` with every known hazard switched off."""
     found = find_release(release)
-    return found.evolve(name=f"{found.name} fixed", **SWITCHES)
+    return found.evolve(name=f"{found.name} fixed", **dict.fromkeys(known_in(found), True))
 
 
 @lru_cache(maxsize=8)
@@ -39,4 +50,4 @@ def told(release: str | Release) -> str:
 
 def hazard_of(switch: str) -> str:
     """The name of the hazard that a switch makes go away: that of its page in docs/hazards."""
-    return switch.removeprefix("fix_").replace("_", "-")
+    return EARLIER.get(switch) or switch.removeprefix("fix_").replace("_", "-")

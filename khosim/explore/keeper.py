@@ -179,7 +179,7 @@ def together(findings: Iterable[Finding]) -> list[Finding]:
     for found in sorted(findings, key=lambda f: (len(f.switches), _place(f.seed))):
         key = frozenset(found.switches)
         if key:
-            key = next((k for k in groups if k <= key and min(k).startswith("fix_")), key)
+            key = next((k for k in groups if k <= key and "new" not in k), key)
         else:
             key = frozenset(("new", *found.kinds))
         groups.setdefault(key, []).append(found)

@@ -50,10 +50,12 @@ class Kind:
     weight: int = 4
     can_fail: bool = True
     """It asks for memory, which a fault may refuse."""
-    asks: int = 4
+    asks: int | Callable[[World, Args], int] = 4
     """How often it asks for memory, or nearly so."""
     locks: bool = False
     """It goes on with sessions locked against a kexec, which a task that dies there leaves so."""
+    opens: bool = False
+    """It opens the device: -EIO only where a task was refused memory, or a handler is not there."""
     takes_any: bool = False
     """Any arguments are lawful, not only the listed ones: what goes onto a command line."""
 

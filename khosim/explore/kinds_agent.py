@@ -105,7 +105,7 @@ KINDS = (
         lambda w: "machine.jump(kernel)\nkernel = machine.resume()",
         _jumped,
         errnos=frozenset(("EBUSY",)),
-        asks=40,
+        asks=14,
         weight=8,
     ),
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from khosim.explore.hazards import told
 from khosim.explore.kinds import Args, Kind
+from khosim.units import memparse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,14 +47,35 @@ def machine_weight(spec: str, groups: Sequence[str]) -> int:
 
 
 
-_NAMES = ("a", "b", "a@1")
+_NAMES = ("a", "b", "a@1", "n" * 15)
 """Of regions. libfdt finds a node by its name without what stands behind an ``@``, too."""
+_LARGE = 8
+"""The largest region is this part of memory: scratch is to fit beside it."""
+_ROOM = 512 << 20
+"""Memory of a machine that sets some aside for crash kernels."""
 
 
-def _region_words(name: str) -> list[str]:
+def _ram_bytes(spec: str) -> int:
+    return memparse(spec.split('"')[1])[0]
+
+
+def _region_words(name: str, ram_bytes: int) -> list[str]:
     page, block = 4096, 2 << 20
     sizes = (64, page, page + 1, 3 * page - 1, block)
-    return [f"reserve_mem={size}:{align}:{name}" for size in sizes for align in (64, page)]
+    words = [f"reserve_mem={size}:{align}:{name}" for size in sizes for align in (64, page)]
+    large = ram_bytes // _LARGE
+    return [*words, f"reserve_mem={large}:{page}:{name}", f"reserve_mem={page}:{block}:{name}"]
+
+
+def _other_words(ram_bytes: int) -> list[str]:
+    # What else sets memory aside, or is about how much there is.
+    words = [f"mem={ram_bytes // 4 * n}" for n in (1, 2, 3)]
+    words += [f"hugepages={n}" for n in (1, 4, 16)]
+    if ram_bytes >= _ROOM:
+        words.append(f"crashkernel={ram_bytes // 16}")
+    if ram_bytes >= 4 << 30:
+        words.append("hugepagesz=1G hugepages=1")
+    return words
 
 
 def _regions(count: int) -> str:
@@ -64,16 +86,22 @@ def _boot_choices(world: World) -> list[Args]:
     if world.has_kernel:
         return []
     lines = [_BASE]
-    lines += [f"{_BASE} {word}" for word in _region_words("a")]
     lines += [f"{_BASE} reserve_mem=4096:4096:a reserve_mem=8192:4096:b", "kho=off", "kho=on"]
     lines += [f"{_BASE} reserve_mem=4096:4096:a@1"]
     lines += [f"{_BASE} reserve_mem=4096:4096:a@1 reserve_mem=4096:4096:a"]
     lines += [f"{_BASE} {_regions(count)}" for count in (8, 9)]
     sizes = ["8M,8M,0", "1M,64M,1M", "300%", "8M,64M,8G", "8M,8G,8M", "8G,8M,8M"]
-    sizes += ["0%", "1%", "0,0,0"]
+    sizes += ["0%", "1%", "0,0,0", "8M,0,0", "0,8M,0", "0,0,8M"]
     lines += [f"{_BASE} kho_scratch={size}" for size in sizes]
+    lines.append(f"{_BASE} elfcorehdr=1M")
     release = world.release
-    return [(spec, line, release) for spec in _MACHINES for line in lines]
+    found = []
+    for spec in _MACHINES:
+        ram = _ram_bytes(spec)
+        words = [*_region_words("a", ram), *_other_words(ram)]
+        own = [lines[0], *(f"{_BASE} {word}" for word in words), *lines[1:]]
+        found += [(spec, line, release) for line in own]
+    return found
 
 
 def _boot_source(world: World, spec: str, line: str, release: Any) -> str:
@@ -93,30 +121,34 @@ def _words(line: str) -> list[str]:
     return line.split()
 
 
+_ODD = ("mem=", "elfcorehdr=", "hugepages=", "hugepagesz=", "crashkernel=", "kho_scratch=")
+
+
 def successors(world: World) -> list[str]:
     """Command lines of the next kernel: as this one's, and with one thing changed."""
     words = _words(world.cmdline)
     variants = [world.cmdline]
     regions = [word for word in words if word.startswith("reserve_mem=")]
     others = [word for word in words if word not in regions]
+    ram = world.machine.hardware.memory_map.ram_bytes
     for i in range(len(regions)):
         left = regions[:i] + regions[i + 1 :]
         variants.append(" ".join(others + left))
         name = regions[i].rsplit(":", 1)[1]
-        variants += [" ".join(others + left + [word]) for word in _region_words(name)]
+        variants += [" ".join(others + left + [word]) for word in _region_words(name, ram)]
     names = {word.rsplit(":", 1)[1] for word in regions}
     for name in _NAMES:
         if name not in names and len(regions) < 3:
-            variants += [f"{world.cmdline} {word}" for word in _region_words(name)]
+            variants += [f"{world.cmdline} {word}" for word in _region_words(name, ram)]
     if "kho=on" in words:
         variants.append(world.cmdline.replace("kho=on", "kho=off"))
     if "liveupdate=on" in words:
         variants.append(" ".join(word for word in words if word != "liveupdate=on"))
-    ram = world.machine.hardware.memory_map.ram_bytes
-    if not any(word.startswith(("mem=", "elfcorehdr=", "hugepages=")) for word in words):
-        variants += [f"{world.cmdline} mem={ram // 4 * n}" for n in (1, 2, 3)]
+    odd = [word for word in words if word.startswith(_ODD)]
+    variants += [" ".join(w for w in words if w != word) for word in odd]
+    if not odd:
+        variants += [f"{world.cmdline} {word}" for word in _other_words(ram)]
         variants += [f"{world.cmdline} elfcorehdr={text}" for text in ("1M", "x")]
-        variants += [f"{world.cmdline} hugepages={n}" for n in (1, 4, 16)]
     return list(dict.fromkeys(variants))
 
 
@@ -208,7 +240,7 @@ def _reset_source(world: World) -> str:
 
 def _was_reset(world: World, args: Args) -> None:
     world.generation += 1
-    world.cursed = world.has_died = world.is_stuck = False
+    world.cursed = world.has_died = world.is_stuck = world.has_failed = False
     world.vars["format"] = world.kernel.release.kho_compatible
     world.items.clear()
     world.came = set()
@@ -240,7 +272,7 @@ KINDS = (
         lambda w, args: w.drop("image"),  # whose image is loaded now is not told
         errnos=frozenset(("EADDRNOTAVAIL", "EBUSY", "EINVAL", "ENOMEM")),
         takes_any=True,
-        asks=40,
+        asks=14,
         weight=8,
     ),
     Kind(

@@ -71,6 +71,17 @@ def _token_lost(world: World, args: Args) -> None:
     world.items[args[1]].state = "lost"
 
 
+def _late_choices(world: World) -> list[Args]:
+    # The module with the ledger comes after the one with the tokens.
+    if not _is_on(world):
+        return []
+    return [(item.name,) for item in world.of("ledger") if not item["flb"]]
+
+
+def _late_done(world: World, args: Args) -> None:
+    world.items[args[0]].facts["flb"] = True
+
+
 def _ledger_get(world: World) -> list[Args]:
     needed = any(item["type"] == "token" for item in world.of("file", "preserved"))
     ledgers = [item for item in world.of("ledger", "held") if item["flb"]]
@@ -120,6 +131,16 @@ KINDS = (
         lambda w, g: f"{g} = tokens(kernel)",
         _tokens_done,
         letter="g",
+        can_fail=False,
+        weight=4,
+    ),
+    Kind(
+        "late_ledger",
+        "flb",
+        _late_choices,
+        lambda w, g: f"{g} = late_ledger(kernel, {g})",
+        _late_done,
+        errnos=frozenset(("EBUSY",)),
         can_fail=False,
         weight=4,
     ),

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from khosim.abi.memfd import F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE
+from khosim.abi.memfd import (
+    F_SEAL_EXEC,
+    F_SEAL_FUTURE_WRITE,
+    F_SEAL_GROW,
+    F_SEAL_SEAL,
+    F_SEAL_SHRINK,
+    F_SEAL_WRITE,
+)
 from khosim.explore.kinds import NEW, Args, Kind, nothing
 from khosim.kernel.memfd import MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL
 
@@ -18,13 +25,21 @@ if TYPE_CHECKING:
 __all__ = ("FILES_MAX", "KINDS")
 
 FILES_MAX = 4
+_SEALS = (
+    F_SEAL_SEAL,
+    F_SEAL_SHRINK,
+    F_SEAL_GROW,
+    F_SEAL_WRITE,
+    F_SEAL_FUTURE_WRITE,
+    F_SEAL_EXEC,
+)
 
 
 def _memfd_choices(world: World) -> list[Args]:
     if not world.has_kernel or len(world.of("file")) >= FILES_MAX:
         return []
     page = world.kernel.arch.page_size
-    sizes = (0, 1, page, page + 1, 5 * page)
+    sizes = (0, 1, page, page + 1, 5 * page, 130 * page)
     return [(NEW, size, flags) for size in sizes for flags in (MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL)]
 
 
@@ -65,8 +80,7 @@ def _open_memfds(world: World) -> list[str]:
 
 
 def _seal_choices(world: World) -> list[Args]:
-    seals = (F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE)
-    return [(name, seal) for name in _open_memfds(world) for seal in seals]
+    return [(name, seal) for name in _open_memfds(world) for seal in _SEALS]
 
 
 def _fallocate_choices(world: World) -> list[Args]:
@@ -78,7 +92,7 @@ def _fallocate_choices(world: World) -> list[Args]:
 
 
 def _seek_choices(world: World) -> list[Args]:
-    return [(name, at) for name in _open_memfds(world) for at in (0, 3)]
+    return [(name, at) for name in _open_memfds(world) for at in (0, 3, 1 << 40)]
 
 
 def _writable(world: World) -> list[str]:

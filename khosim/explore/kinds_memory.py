@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ("KINDS",)
 
 _HELD_MAX = 4
-_NAMES = ("t", "t@1", "s/t", "n" * 31, "m" * 63)
+_NAMES = ("t", "t@1", "s/t", "n" * 31, "m" * 256, "")
 """Of subtrees: any text. libfdt finds a node by its name without what stands behind an ``@``."""
 
 # -- folios --------------------------------------------------------------------------------------
@@ -97,6 +97,22 @@ def _page_runs(*states: str, preserves: bool = False) -> Any:
         return [(item.name, item["nr"]) for item in world.of("pages", *states)]
 
     return choices
+
+
+def _parts(world: World) -> list[Args]:
+    # Somebody else preserves the last page of a run as well.
+    if not world.can_preserve:
+        return []
+    return [
+        (item.name, item["nr"] - 1) for item in world.of("pages", "preserved") if item["nr"] > 1
+    ]
+
+
+def _many_choices(world: World) -> list[Args]:
+    # More blocks than memblock has room for before its arrays grow.
+    if not world.can_preserve or world.of("many"):
+        return []
+    return [(NEW, 200)]
 
 
 # -- blobs and subtrees --------------------------------------------------------------------------
@@ -255,6 +271,47 @@ KINDS = (
         to("held"),
         lost,
         weight=12,
+    ),
+    Kind(
+        "preserve_part",
+        "pages",
+        _parts,
+        lambda w, p, at: f"kernel.kho_preserve_pages({p} + {at}, 1)",
+        nothing,
+        errnos=frozenset(("EEXIST",)),
+        weight=1,
+        can_fail=False,
+    ),
+    Kind(
+        "preserve_many",
+        "pages",
+        _many_choices,
+        lambda w, n, count: f"{n} = preserve_many(kernel, {count})",
+        lambda w, args: w.add("many", args[0], "preserved"),
+        letter="n",
+        errnos=_NO_ROOM,
+        weight=1,
+        can_fail=False,
+    ),
+    Kind(
+        "restore_many",
+        "pages",
+        of("many", "incoming"),
+        lambda w, n: f"restore_many(kernel, {n})",
+        gone,
+        weight=8,
+        can_fail=False,
+    ),
+    Kind(
+        "unpreserve_many",
+        "pages",
+        of("many", "preserved"),
+        lambda w, n: (
+            f"for folio in {n}:\n    kernel.kho_unpreserve_folio(folio)\n    folio.put()"
+        ),
+        gone,
+        weight=1,
+        can_fail=False,
     ),
     Kind(
         "alloc_preserve",

@@ -17,7 +17,7 @@ from khosim.errors import KernelError
 from khosim.explore.expectations import is_expected_writer
 from khosim.explore.hazards import fixed
 from khosim.explore.oracles import Baseline, oracles
-from khosim.explore.tokens import Ledger, Token, TokenHandler, ledger, tokens
+from khosim.explore.tokens import Ledger, Token, TokenHandler, late_ledger, ledger, tokens
 from khosim.faults.between import (
     Between,
     flipped,
@@ -38,6 +38,7 @@ from khosim.simulator import Machine
 if TYPE_CHECKING:
     from khosim.checks.violation import Violation
     from khosim.kernel.kernel import Kernel
+    from khosim.kernel.page import Folio
 
 __all__ = (
     "PROGRAM",
@@ -55,13 +56,16 @@ __all__ = (
     "fixed",
     "flipped",
     "kill",
+    "late_ledger",
     "ledger",
     "lost_memory",
     "oops",
     "overwritten",
     "places",
+    "preserve_many",
     "read_debugfs",
     "regained_memory",
+    "restore_many",
     "retrieve_badly",
     "stale",
     "take_range",
@@ -168,6 +172,34 @@ def take_range(kernel: Kernel, start_pfn: int, nr_pages: int) -> int:
             raise
         done.append((low, high))
     return start_pfn
+
+
+def preserve_many(kernel: Kernel, count: int) -> list[Folio]:
+    """``count`` pages, no two of them neighbours, preserved one by one. Raises -ENOMEM."""
+    taken: list[Folio] = []
+    try:
+        while len(taken) < 2 * count:
+            taken.append(kernel.alloc_folio(0))
+    except KernelError:
+        for folio in taken:
+            folio.put()
+        raise
+    taken.sort(key=lambda folio: folio.phys)
+    for folio in taken[1::2]:
+        folio.put()
+    for folio in taken[::2]:
+        folio.write(0, b"n")
+        kernel.kho_preserve_folio(folio)
+    return taken[::2]
+
+
+def restore_many(kernel: Kernel, folios: list[Folio]) -> None:
+    """What :func:`preserve_many` of the predecessor preserved is there, and is given back."""
+    for was in folios:
+        folio = kernel.kho_restore_folio(was.phys)
+        if folio is None or folio.read(0, 1) != b"n":
+            raise AssertionError("one of many pages is not what it was")
+        folio.put()
 
 
 def read_debugfs(kernel: Kernel, path: str) -> bytes:

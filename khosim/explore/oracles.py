@@ -9,6 +9,8 @@
 * ``huge-pages-outside-scratch``: huge pages, which nobody can move, are not in scratch.
 * ``scratch-is-there``: a kernel with KHO has scratch to load the next one into.
 * ``regions-apart``: no two reserve_mem regions share a byte.
+* ``kho-is-on``: regions of up to a seventh of memory, or huge pages of two, do not turn KHO off.
+* ``no-kho-in-kdump``: a capture kernel has no scratch of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ __all__ = ("Baseline", "is_warning", "oracles")
 
 _WARNINGS = ("WARNING:", "BUG:", "refcount_t:", "kernel BUG", "list_del", "Bad page")
 _REPORTED_MAX = 4
+_SET_ASIDE = 7
 
 
 def is_warning(message: str) -> bool:
@@ -81,6 +84,8 @@ def oracles(
     found += _huge_pages(hardware, kernel)
     found += _scratch_is_there(kernel)
     found += _regions_apart(kernel)
+    found += _kho_is_on(hardware, kernel)
+    found += _no_kho_in_kdump(kernel)
     if drained and baseline is not None and baseline.generation == kernel.generation:
         found += _given_back(hardware, kernel, preserved, baseline)
     return found
@@ -194,6 +199,30 @@ def _regions_apart(kernel: Kernel) -> list[Violation]:
         for (start, size, one), (at, _, other) in pairwise(regions)
         if at < start + size
     ]
+
+
+def _no_kho_in_kdump(kernel: Kernel) -> list[Violation]:
+    if not kernel.options.is_kdump or kernel.is_kho_boot or not kernel.kho_enable:
+        return []
+    return [Violation("no-kho-in-kdump", "a capture kernel reserves scratch", kernel.generation)]
+
+
+def _kho_is_on(hardware: Hardware, kernel: Kernel) -> list[Violation]:
+    # Sizes that were given may be too large, and where mem= leaves little there may be no room.
+    words = kernel.options
+    aside = sum(size for _, _, size in kernel.reserve_mem.regions)
+    aside += sum(size * count for size, count in kernel.huge_pages.items()) // 2
+    is_asked = words.kho and not words.is_kdump and words.mem_limit_bytes is None
+    is_by_scale = all(name != "kho_scratch" for name, _ in words.words)
+    if kernel.kho_enable or not (is_asked and is_by_scale and aside):
+        return []
+    most = hardware.memory_map.ram_bytes // _SET_ASIDE
+    if aside > most or kernel.arch.scratch_align_bytes > most:
+        return []
+    if not any("Failed to reserve scratch area" in message for message in kernel.messages):
+        return []
+    text = "KHO is off, for scratch was to be larger than memory is"
+    return [Violation("kho-is-on", text, kernel.generation)]
 
 
 def _given_back(

@@ -148,7 +148,7 @@ def _child(value: Any, release: str | Release, place: str) -> Child:
 
 def of_finding(finding: Finding, spec: Spec, told: Told) -> Line:
     """A finding, as it is printed and kept in a file of its own."""
-    hazards = [hazard_of(switch) for switch in finding.switches]
+    hazards = list(dict.fromkeys(hazard_of(switch) for switch in finding.switches))
     return {
         "id": finding_id(finding.invariant, finding.shape, finding.seed),
         "invariant": finding.invariant,

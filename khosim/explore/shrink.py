@@ -76,7 +76,7 @@ def on_release(steps: Sequence[Step], release: str | Release) -> list[Step]:
     ending = "".join(f"+{name}=on" for name in on) + '"'
     told = [boot._replace(args=(*boot.args[:2], release, *boot.args[3:]))]
     for step in steps[1:]:
-        if on and step.kind == "kexec" and step.args[-1].startswith('release="'):
+        if on and step.kind in ("kexec", "load_image") and step.args[-1].startswith('release="'):
             step = step._replace(args=(*step.args[:-1], step.args[-1][:-1] + ending))
         told.append(step)
     return told

@@ -17,7 +17,7 @@ from khosim.kernel.liveupdate.flb_ops import Flb, LiveupdateFlbOpArgs
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
 
-__all__ = ("Ledger", "Token", "TokenHandler", "ledger", "tokens")
+__all__ = ("Ledger", "Token", "TokenHandler", "late_ledger", "ledger", "tokens")
 
 _BUSY = 1 << 63
 """In a token's page: its handler says once that it cannot be finished yet."""
@@ -137,6 +137,13 @@ def tokens(kernel: Kernel) -> TokenHandler:
     handler = TokenHandler()
     kernel.liveupdate.register_file_handler(handler)
     return handler
+
+
+def late_ledger(kernel: Kernel, handler: TokenHandler) -> Ledger:
+    """Register a ledger for tokens that had none; returns it. Raises what is raised then."""
+    flb = Ledger()
+    kernel.liveupdate.register_flb(handler, flb)
+    return flb
 
 
 def ledger(kernel: Kernel, refuses: str = "") -> Ledger:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from khosim.explore import interleave
+from khosim.explore.causes import explanations, silencers
 from khosim.explore.coverage import Reached, watching
 from khosim.explore.engine import drawn_by_hypothesis
 from khosim.explore.exhaust import expand, keep_of, kinds_of
 from khosim.explore.limits import alarm
-from khosim.explore.causes import explanations, silencers
 from khosim.explore.search import random_run
 from khosim.explore.shrink import cause_of, shrink
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from khosim.explore.world import Step
     from khosim.kernel.behaviours import Release
 
-__all__ = ("Cause", "Runs", "Spec", "Suspect", "Task", "do", "run_unit", "silencers")
+__all__ = ("Cause", "Runs", "Spec", "Suspect", "Task", "do", "run_unit")
 
 Cause = tuple[str, str]
 """An invariant, and the shape of its words."""

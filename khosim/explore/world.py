@@ -128,10 +128,12 @@ class World:
         """A task died in the middle of a call, on this machine since it was last reset."""
         self.is_stuck = False
         """It held ``luo_session_serialize_rwsem``: a kexec would wait for it for ever."""
+        self.has_failed = False
+        """A task was refused memory, on this machine since it was last reset."""
         self.came: set[str] = set()
         """What tokens came with, from kernel to kernel: "ledger" where they had one."""
-        self.symbols: set[str] = set()
-        """Kernel functions that were refused memory."""
+        self.has_fired = False
+        """Whether the last step with a fault came as far as that."""
         self.is_over = False
         self.heard = 0
         """Events of this program's kernels; too many of them are no end."""
@@ -261,6 +263,7 @@ class World:
 
     def _execute(self, kind: Kind, step: Step) -> str:
         source = kind.source(self, *step.args)
+        self.has_failed |= bool(step.fault)
         fault: kit.Nth | None = None
         machine: kit.Stage | None = self.vars.get("machine")
         died: kit.Death | None = None
@@ -314,8 +317,7 @@ class World:
                 died.undo()
             if fault is not None and kernel is not None:
                 kernel.pages.fail = None
-                if fault.where:
-                    self.symbols.add(fault.where)
+                self.has_fired = bool(fault.where)
             if machine is not None:
                 machine.boot_fault = 0
         return ""
@@ -349,10 +351,17 @@ class World:
             return
         if self.has_died and errno_name in _LEFT:
             return  # what a dead task had begun is in the way
+        if kind.opens and errno_name == "EIO" and (self.has_failed or self._lacks_handler()):
+            return
         allowed = kind.errnos | ({"ENOMEM"} if step.fault else frozenset())
         if errno_name not in allowed:
             text = f"{step.kind} was refused with -{errno_name}"
             self._problem("errno-as-documented", text)
+
+    def _lacks_handler(self) -> bool:
+        # Sessions cannot be read before whoever knows the files in them is there.
+        tokens = any(item["type"] == "token" for item in self.of("file", "incoming"))
+        return tokens and not self.of("ledger")
 
     def _look_at_log(self, before: int) -> None:
         if self.is_harmed:

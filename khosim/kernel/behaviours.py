@@ -349,6 +349,18 @@ class Release:
     """A file that is finished leaves objects alone that the predecessor did not have."""
     fix_scratch_zero: bool = False
     """``kho_scratch=0%`` is refused, as sizes of zero are."""
+    fix_scratch_scale: bool = False
+    """``scratch_size_update``: ``reserve_mem`` regions do not count, as huge pages do not."""
+    fix_scratch_small: bool = False
+    """``kho_scratch=`` sizes below those that the scale gives are raised to them."""
+    fix_preserve_overlap: bool = False
+    """Preserving a page that is part of a preserved block of another order is -EEXIST."""
+    fix_subtree_empty: bool = False
+    """``kho_add_subtree``: a name is not empty."""
+    fix_flb_late: bool = False
+    """``liveupdate_register_flb`` is -EBUSY while files of the handler are preserved."""
+    fix_handler_late: bool = False
+    """``/dev/liveupdate`` can be opened again where a handler was not there the first time."""
 
     def evolve(self, **changes: Any) -> Release:
         """This release with some behaviours changed.

@@ -68,6 +68,8 @@ def kho_memory_init(kernel: Kernel) -> None:
     elif kernel.kho_in.scratch_phys:
         kernel.kho_in.mem_retrieve()
     elif kernel.kho_enable:
+        if release.fix_scratch_scale:
+            kernel.scratch_sizes.regions = _regions(kernel)
         array, count, reserved = kho_reserve_scratch(
             kernel.memblock,
             kernel.ram,
@@ -85,6 +87,13 @@ def kho_memory_init(kernel: Kernel) -> None:
             kernel.stale_scratch = (array, count)
     if kernel.trace is not None:
         kernel.emit("kho_memory_init", {"scratch": scratch_areas(kernel)}, kernel.kho_enable)
+
+
+def _regions(kernel: Kernel) -> list[tuple[int, int, int]]:
+    # (address, size, node) of the reserve_mem regions.
+    nid_of, shift = kernel.memblock.memblock_search_pfn_nid, kernel.arch.page_shift
+    known = kernel.reserve_mem.regions
+    return [(start, size, nid_of(start >> shift)[0]) for _, start, size in known]
 
 
 def _scratch_nodes(kernel: Kernel) -> list[int]:

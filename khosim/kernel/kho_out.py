@@ -24,6 +24,7 @@ from khosim.errors import KernelError, KernelPanic, KhoSimError
 from khosim.kernel.kho_fdt import new_root_fdt, with_subtree
 from khosim.kernel.kho_radix import KhoRadixTree, Pfns
 from khosim.kernel.kho_radix_key import key_base, kho_encode_radix_key
+from khosim.kernel.kho_scratch import blocks_of_run
 from khosim.kernel.kho_tracker import make_tracker
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class KhoOut:
         if release.finalize == "notifiers":
             append_subtree(kernel, name, phys)
             return
-        if release.fix_subtree_name and "@" in name:
+        if (release.fix_subtree_name and "@" in name) or (release.fix_subtree_empty and not name):
             raise KernelError(errno.EINVAL, "kho_add_subtree", f"subtree {name!r}")
         buf = root_fdt(kernel, "kho_add_subtree")
         props = [(release.subtree_phys_prop, phys)]
@@ -299,10 +300,23 @@ class KhoOut:
             pfn = (pfn + int_shift(order)) & ((1 << 64) - 1)
 
     def _add_key(self, key: int) -> int:
-        tree = self.tree
-        if self._kernel.release.fix_preserve_twice and isinstance(tree, KhoRadixTree):
-            return -errno.EEXIST if tree.has_key(key) else tree.add_key(key)
+        tree, release = self.tree, self._kernel.release
+        if isinstance(tree, KhoRadixTree):
+            if release.fix_preserve_twice and tree.has_key(key):
+                return -errno.EEXIST
+            if release.fix_preserve_overlap and self._is_within(tree, key):
+                return -errno.EEXIST
         return tree.add_key(key)
+
+    def _is_within(self, tree: KhoRadixTree, key: int) -> bool:
+        # Whether a page of this block is in a preserved block of another order.
+        if tree.has_key(key):
+            return False
+        shift = self._kernel.arch.page_shift
+        ((start, end),) = blocks_of_run(key, 1, shift)
+        runs = ((first, nr_keys) for nr_keys, first in tree.walk() if nr_keys)
+        spans = (span for first, nr_keys in runs for span in blocks_of_run(first, nr_keys, shift))
+        return any(low < end and high > start for low, high in spans)
 
     def _pages_order(self, start_pfn: int, end_pfn: int, splits_at_nodes: bool) -> int:
         if not start_pfn:

@@ -25,6 +25,7 @@ from khosim.units import memparse
 
 __all__ = (
     "ScratchSizes",
+    "blocks_of_run",
     "kho_extend_scratch",
     "kho_reserve_scratch",
     "read_scratch_array",
@@ -38,15 +39,29 @@ _MAX_PHYS = 64 << 40
 _EXT_SHIFT = 30  # KHO_SCRATCH_EXT_BLKSHIFT: blocks of 1 GiB
 _FEW_BLOCKS = 1 << 10
 _ANYWHERE = _U64
+_SCALE = 200
 
 
 class ScratchSizes:
-    """``kho_scratch=``: a percentage of what boot reserved (200 by default), or three sizes."""
+    """``kho_scratch=``: a percentage of what boot reserved (200 by default), or three sizes.
 
-    __slots__ = ("global_bytes", "lowmem_bytes", "pernode_bytes", "scale_percent")
+    ``regions`` are ``(address, size, node)`` of what does not count (``fix_scratch_scale``);
+    ``raised`` says that sizes which were given are raised (``fix_scratch_small``).
+    """
+
+    __slots__ = (
+        "global_bytes",
+        "lowmem_bytes",
+        "pernode_bytes",
+        "raised",
+        "regions",
+        "scale_percent",
+    )
 
     def __init__(self) -> None:
-        self.scale_percent = 200
+        self.scale_percent = _SCALE
+        self.regions: list[tuple[int, int, int]] = []
+        self.raised = False
         self.lowmem_bytes = 0
         self.global_bytes = 0
         self.pernode_bytes = 0
@@ -80,6 +95,7 @@ class ScratchSizes:
             return -errno.EINVAL
         self.lowmem_bytes, self.global_bytes, self.pernode_bytes = sizes
         self.scale_percent = 0
+        self.raised = release is not None and release.fix_scratch_small
         mib = [size >> 20 for size in sizes]
         notice(f"KHO: scratch areas: lowmem: {mib[0]}MiB global: {mib[1]}MiB pernode: {mib[2]}MiB")
         return 0
@@ -107,14 +123,19 @@ class ScratchSizes:
     def update(self, memblock: Memblock, arch: Arch, release: Release) -> None:
         """``scratch_size_update``: lowmem and global sizes, rounded to the scratch alignment."""
         align = scratch_align_bytes(arch, release)
-        if self.scale_percent:
-            low = _boot_bytes(memblock, arch.low_address_limit, -1, release)
-            self.lowmem_bytes = ((low * self.scale_percent) & _U64) // 100
+        if self.scale_percent or self.raised:
+            least = self.lowmem_bytes, self.global_bytes
+            percent = self.scale_percent or _SCALE
+            low = self._boot_bytes(memblock, arch.low_address_limit, -1, release)
+            self.lowmem_bytes = ((low * percent) & _U64) // 100
             if release.scratch_rounds_first:
                 self.lowmem_bytes = _round_up(self.lowmem_bytes, align)
-            everything = _boot_bytes(memblock, _ANYWHERE, -1, release)
-            scaled = ((everything * self.scale_percent) & _U64) // 100
+            everything = self._boot_bytes(memblock, _ANYWHERE, -1, release)
+            scaled = ((everything * percent) & _U64) // 100
             self.global_bytes = (scaled - self.lowmem_bytes) & _U64
+            if not self.scale_percent:
+                self.lowmem_bytes = max(self.lowmem_bytes, least[0])
+                self.global_bytes = max(self.global_bytes, least[1])
         elif not release.scratch_explicit_rounded:
             return
         self.lowmem_bytes = _round_up(self.lowmem_bytes, align)
@@ -123,10 +144,20 @@ class ScratchSizes:
     def node_bytes(self, memblock: Memblock, nid: int, arch: Arch, release: Release) -> int:
         """``scratch_size_node``: the size of node ``nid``'s own area."""
         size = self.pernode_bytes
-        if self.scale_percent:
-            boot = _boot_bytes(memblock, _ANYWHERE, nid, release)
-            size = ((boot * self.scale_percent) & _U64) // 100
+        if self.scale_percent or self.raised:
+            boot = self._boot_bytes(memblock, _ANYWHERE, nid, release)
+            scaled = ((boot * (self.scale_percent or _SCALE)) & _U64) // 100
+            size = scaled if self.scale_percent else max(size, scaled)
         return _round_up(size, scratch_align_bytes(arch, release))
+
+    def _boot_bytes(self, memblock: Memblock, limit: int, nid: int, release: Release) -> int:
+        size = memblock.memblock_reserved_kern_size(limit, nid)
+        if release.scratch_excludes_hugetlb:
+            size -= memblock.memblock_reserved_hugetlb_size(limit, nid)
+        for start, size_bytes, node in self.regions:
+            if nid in (-1, node) and start < limit:
+                size -= min(start + size_bytes, limit) - start
+        return max(size, 0) if self.regions else size
 
 
 def scratch_align_bytes(arch: Arch, release: Release) -> int:
@@ -138,13 +169,6 @@ def scratch_align_bytes(arch: Arch, release: Release) -> int:
 
 def _round_up(size: int, align: int) -> int:
     return (size + align - 1) & -align & _U64
-
-
-def _boot_bytes(memblock: Memblock, limit: int, nid: int, release: Release) -> int:
-    size = memblock.memblock_reserved_kern_size(limit, nid)
-    if release.scratch_excludes_hugetlb:
-        size -= memblock.memblock_reserved_hugetlb_size(limit, nid)
-    return size
 
 
 def kho_reserve_scratch(
@@ -279,7 +303,7 @@ def _find_busy_blocks(
                     block in known and (phys + (nr_keys << shift) - 1) >> _EXT_SHIFT == block
                 ):
                     continue
-            spans = list(_blocks_of_run(value, nr_keys, page_shift))
+            spans = list(blocks_of_run(value, nr_keys, page_shift))
         for start, end in spans:
             # A block smaller than 1 GiB lies in one busy block, a larger one starts at its first.
             first, last = start >> _EXT_SHIFT, min((end - 1) >> _EXT_SHIFT, last_block)
@@ -324,7 +348,8 @@ def _busy_blocks_at_once(
     return blocks
 
 
-def _blocks_of_run(key: int, nr_keys: int, page_shift: int) -> Iterator[tuple[int, int]]:
+def blocks_of_run(key: int, nr_keys: int, page_shift: int) -> Iterator[tuple[int, int]]:
+    """``[start, end)`` in bytes of what ``nr_keys`` keys from ``key`` on preserve, in pieces."""
     # Consecutive keys are neighbouring blocks unless they cross an order border. The end of the
     # last block of the address space wraps to 0, so that the kernel's loop leaves it out.
     while nr_keys:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from khosim.errors import KernelError
 from khosim.kernel.file import File
 from khosim.kernel.liveupdate.luo_ioctl import luo_ioctl
+from khosim.kernel.liveupdate.luo_ready import missing_handler
 
 if TYPE_CHECKING:
     from khosim.kernel.liveupdate.luo_core import Luo
@@ -38,6 +39,8 @@ class LiveupdateDevice(File):
             raise KernelError(errno.EBUSY, "luo_open", "somebody has /dev/liveupdate open")
         luo.in_use = True
         try:
+            if luo.kernel.release.fix_handler_late and (name := missing_handler(luo)):
+                raise KernelError(errno.ENOENT, "missing_handler", name)
             luo.sessions.deserialize()
         except KernelError as refused:
             luo.in_use = False

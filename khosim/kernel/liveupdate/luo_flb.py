@@ -133,6 +133,8 @@ class LuoFlbs:
         if not kmalloc(kernel, symbol):
             raise KernelError(errno.ENOMEM, symbol)
         links = self.links[handler]
+        if kernel.release.fix_flb_late and kernel.liveupdate.sessions.use(handler):
+            raise KernelError(errno.EBUSY, symbol, f"files of {handler!r} are preserved")
         if private in links:
             raise KernelError(errno.EEXIST, symbol, f"{handler!r} has {flb!r}")
         if not private.users:

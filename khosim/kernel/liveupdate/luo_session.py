@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from khosim.abi.luo import LuoFileSetSer
+    from khosim.kernel.liveupdate.file_ops import FileHandler
     from khosim.kernel.liveupdate.luo_core import Luo
     from khosim.kernel.liveupdate.luo_format import EntrySet
     from khosim.kernel.process import Process
@@ -289,6 +290,11 @@ class LuoSessions:
     def unretrieve(self, name: str) -> None:
         """No kernel has this yet: as if the session had not been retrieved."""
         self.incoming.sessions[name].retrieved = False
+
+    def use(self, handler: FileHandler) -> bool:
+        """No kernel has this yet: whether a file of ``handler`` is preserved in a session."""
+        sets = [session.file_set for session in self.outgoing.sessions.values()]
+        return any(file.handler is handler for files in sets for file in files.files)
 
     def release(self, session: LuoSession) -> None:
         """``luo_session_release``: the last descriptor is closed: finish, or call it off."""
