@@ -9,7 +9,7 @@
 * ``huge-pages-outside-scratch``: huge pages, which nobody can move, are not in scratch.
 * ``scratch-is-there``: a kernel with KHO has scratch to load the next one into.
 * ``regions-apart``: no two reserve_mem regions share a byte.
-* ``kho-is-on``: regions of up to a seventh of memory, or huge pages of two, do not turn KHO off.
+* ``kho-is-on``: regions of a seventh of memory, or gigantic pages of two, do not turn KHO off.
 * ``no-kho-in-kdump``: a capture kernel has no scratch of its own.
 """
 
@@ -37,6 +37,7 @@ __all__ = ("Baseline", "is_warning", "oracles")
 _WARNINGS = ("WARNING:", "BUG:", "refcount_t:", "kernel BUG", "list_del", "Bad page")
 _REPORTED_MAX = 4
 _SET_ASIDE = 7
+_GIGANTIC = 1 << 30
 
 
 def is_warning(message: str) -> bool:
@@ -208,13 +209,16 @@ def _no_kho_in_kdump(kernel: Kernel) -> list[Violation]:
 
 
 def _kho_is_on(hardware: Hardware, kernel: Kernel) -> list[Violation]:
-    # Sizes that were given may be too large, and where mem= leaves little there may be no room.
+    # Sizes that were given may be too large, and where mem= leaves little there may be no room, nor
+    # beside an initrd that somebody's kexec brought.
     words = kernel.options
     aside = sum(size for _, _, size in kernel.reserve_mem.regions)
-    aside += sum(size * count for size, count in kernel.huge_pages.items()) // 2
+    gigantic = [size * count for size, count in kernel.huge_pages.items() if size >= _GIGANTIC]
+    aside += sum(gigantic) // 2
     is_asked = words.kho and not words.is_kdump and words.mem_limit_bytes is None
     is_by_scale = all(name != "kho_scratch" for name, _ in words.words)
-    if kernel.kho_enable or not (is_asked and is_by_scale and aside):
+    is_first = kernel.generation == 0
+    if kernel.kho_enable or not (is_asked and is_by_scale and aside and is_first):
         return []
     most = hardware.memory_map.ram_bytes // _SET_ASIDE
     if aside > most or kernel.arch.scratch_align_bytes > most:
