@@ -113,8 +113,8 @@ for finding in campaign.findings:
 # %% [markdown]
 # Two findings, both as in Linux 7.3 itself: a page can be preserved as part of two blocks
 # (`docs/hazards/preserve-overlap.md`), and who preserves a folio twice and takes it back once has
-# lost it (`docs/hazards/preserve-twice.md`). The switches make Linux's tree look first; a row of your
-# own would have to look as well.
+# lost it (`docs/hazards/preserve-twice.md`). The switches make Linux's tree look first; a row of
+# your own would have to look as well.
 #
 # And what does it cost? The tree of Linux takes six pages for one block, and not many more for a
 # thousand. The row takes a byte for each page of the machine, whatever is preserved:
