@@ -26,6 +26,8 @@ REFUSED = {
     "fix_subtree_name": "KernelError: kho_add_subtree: -EINVAL",
     "fix_subtree_empty": "KernelError: kho_add_subtree: -EINVAL",
     "fix_debugfs_in": "KernelError: debugfs: -ENOENT",
+    "fix_preserve_in_scratch": "KernelError: kho_preserve_folio: -EINVAL",
+    "fix_preserve_fault": "KernelError: copy_to_user: -EFAULT",
     "fix_flb_late": "KernelError: liveupdate_register_flb: -EBUSY",
 }
 """What a release with the switch says instead, where the program cannot go on."""

@@ -127,6 +127,16 @@ def _session_file_done(world: World, args: Args) -> None:
     item.facts.update(session=args[0], token=args[2])
 
 
+def _owned_files(world: World) -> list[Args]:
+    # Preserved already, in this session or in another one.
+    return [
+        (session.name, item.name, token)
+        for session in world.of("session", "held")
+        for item in world.of("file", "preserved")
+        for token in (item["token"], 0x777)
+    ]
+
+
 def _many_choices(world: World) -> list[Args]:
     if not _is_on(world):
         return []
@@ -346,6 +356,26 @@ KINDS = (
         asks=_asks_of_file,
         weight=30,
         locks=True,
+    ),
+    Kind(
+        "preserve_file_twice",
+        "session",
+        _owned_files,
+        lambda w, s, item, token: f"{s}.preserve({item}, {token:#x})",
+        nothing,
+        errnos=frozenset(("EEXIST", "EBUSY")),
+        weight=2,
+        can_fail=False,
+    ),
+    Kind(
+        "preserve_badly",
+        "session",
+        _session_files,
+        lambda w, s, item, token: f"preserve_badly({s}, {item}, {token:#x})",
+        nothing,
+        errnos=frozenset(("EEXIST", "EBUSY", "ENOENT", "EFAULT")),
+        weight=1,
+        can_fail=False,
     ),
     Kind(
         "preserve_files",

@@ -87,7 +87,7 @@ def _fallocate_choices(world: World) -> list[Args]:
     if not world.has_kernel:
         return []
     page = world.kernel.arch.page_size
-    names = [item.name for item in world.of("file", "held") if item["type"] == "memfd"]
+    names = _writable(world)
     return [(name, at, mode) for name in names for at in (0, 8 * page) for mode in (0, 1, 3)]
 
 

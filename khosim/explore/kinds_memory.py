@@ -29,6 +29,11 @@ def _folio_choices(world: World) -> list[Args]:
     return [(NEW, order) for order in (0, 1, top - 1, top)]
 
 
+def _movable_choices(world: World) -> list[Args]:
+    # What user space has; after a handover scratch serves it.
+    return [args for args in _folio_choices(world) if args[1] in (0, 1)]
+
+
 def _folio_done(world: World, args: Args) -> None:
     world.add("folio", args[0], order=args[1], twice=False)
 
@@ -172,11 +177,25 @@ KINDS = (
         errnos=_NO_ROOM,
     ),
     Kind(
+        "alloc_movable",
+        "folio",
+        _movable_choices,
+        lambda w, f, order: (
+            f'{f} = kernel.alloc_folio({order}, movable=True)\n{f}.write(0, b"{f}")'
+        ),
+        _folio_done,
+        letter="f",
+        errnos=_NO_ROOM,
+        can_fail=False,
+        weight=3,
+    ),
+    Kind(
         "preserve_folio",
         "folio",
         preservable("folio"),
         lambda w, f: f"kernel.kho_preserve_folio({f})",
         to("preserved"),
+        errnos=frozenset(("EINVAL",)),
         weight=10,
     ),
     Kind(

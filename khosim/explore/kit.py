@@ -37,7 +37,9 @@ from khosim.simulator import Machine
 
 if TYPE_CHECKING:
     from khosim.checks.violation import Violation
+    from khosim.kernel.file import File
     from khosim.kernel.kernel import Kernel
+    from khosim.kernel.liveupdate.luo_session import Session
     from khosim.kernel.page import Folio
 
 __all__ = (
@@ -62,6 +64,7 @@ __all__ = (
     "oops",
     "overwritten",
     "places",
+    "preserve_badly",
     "preserve_many",
     "read_debugfs",
     "regained_memory",
@@ -243,3 +246,22 @@ def retrieve_badly(kernel: Kernel, name: str) -> None:
         process.ioctl(fd, uapi.LIVEUPDATE_IOCTL_RETRIEVE_SESSION, asked.ljust(size, b"\0"))
     finally:
         process.exit()
+
+
+def preserve_badly(session: Session, file: File, token: int) -> None:
+    """An agent preserves a file with a structure that the answer cannot be written to: -EFAULT.
+
+    Raises that, and what else the call raises; a call that failed has changed nothing.
+    """
+    process = session.kernel.process("agent")
+    for shared in (session, file):
+        shared.get_file()
+    before = session.tokens
+    try:
+        fds = [process.install(shared) for shared in (session, file)]
+        asked = uapi.PRESERVE_FD.pack(uapi.PRESERVE_FD.size, fds[1], token)
+        process.ioctl(fds[0], uapi.LIVEUPDATE_SESSION_PRESERVE_FD, asked)
+    finally:
+        process.exit()
+        if session.tokens != before:
+            raise AssertionError("the file is preserved, though the call failed")

@@ -355,6 +355,10 @@ class Release:
     """``kho_scratch=`` sizes below those that the scale gives are raised to them."""
     fix_preserve_overlap: bool = False
     """Preserving a page that is part of a preserved block of another order is -EEXIST."""
+    fix_preserve_in_scratch: bool = False
+    """``kho_preserve_folio`` of a folio in scratch is -EINVAL, not in debug kernels only."""
+    fix_preserve_fault: bool = False
+    """A file whose ``PRESERVE_FD`` cannot be answered is not preserved."""
     fix_subtree_empty: bool = False
     """``kho_add_subtree``: a name is not empty."""
     fix_flb_late: bool = False

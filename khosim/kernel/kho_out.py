@@ -191,10 +191,14 @@ class KhoOut:
     def preserve_folio(self, pfn: int, order: int) -> None:
         """``kho_preserve_folio``: raises -EINVAL (DEBUG, in scratch), -ENOMEM or -ERANGE."""
         kernel = self._kernel
+        shift = kernel.arch.page_shift
         if kernel.config.debug:
             self._check_debug("kho_preserve_folio", pfn, 1 << order)
-        key = kho_encode_radix_key(pfn << kernel.arch.page_shift, order, kernel.arch.page_shift)
-        error = self._add_key(key)
+        is_kept_out = kernel.release.fix_preserve_in_scratch
+        if is_kept_out and kernel.kho_scratch_overlap(pfn << shift, 1 << shift + order):
+            error = -errno.EINVAL
+        else:
+            error = self._add_key(kho_encode_radix_key(pfn << shift, order, shift))
         if kernel.trace is not None:
             kernel.emit("kho_preserve_folio", {"pfn": pfn, "order": order}, error)
         if error:

@@ -181,19 +181,23 @@ class LuoFileSet:
         luo = self._luo
         count = self.count
         while self.files:
-            luo_file = self.files[-1]
-            handler, file = luo_file.handler, luo_file.file
-            assert handler.ops.unpreserve is not None
-            assert file is not None
-            handler.ops.unpreserve(self._args(luo_file))
-            luo.flb.file_unpreserve(handler)
-            self._disown(handler, file)
-            self._pop()
-            self.block_set.shrink(self.count)
-            file.fput()
+            self.unpreserve_last()
         self.block_set.destroy()
         if luo.kernel.trace is not None:
             luo.kernel.emit("luo_file_unpreserve_files", {"count": count}, None)
+
+    def unpreserve_last(self) -> None:
+        """A round of that loop: let go of the last file."""
+        luo_file = self.files[-1]
+        handler, file = luo_file.handler, luo_file.file
+        assert handler.ops.unpreserve is not None
+        assert file is not None
+        handler.ops.unpreserve(self._args(luo_file))
+        self._luo.flb.file_unpreserve(handler)
+        self._disown(handler, file)
+        self._pop()
+        self.block_set.shrink(self.count)
+        file.fput()
 
     def _disown(self, handler: FileHandler, file: File) -> None:
         if self._luo.kernel.release.luo_puts_module_last:

@@ -172,6 +172,9 @@ def _preserve_fd(session: Session, ucmd: LuoUcmd) -> None:
     try:
         ucmd.respond()
     except KernelError:
+        if session.kernel.release.fix_preserve_fault:
+            session.session.file_set.unpreserve_last()
+            raise
         session.kernel.printk(
             "luo: The file was successfully preserved, but response to user failed"
         )
