@@ -39,6 +39,12 @@ PROGRAMS = {
         Step("retrieve_file", ("s0", "k0", 0, "token"), 1),
         Step("close_unfinished", ("s0",)),
     ),
+    # Twice what a kernel and its initrd take is more than there is, whatever else is set aside.
+    "scratch that has no room beside an initrd": (
+        Step("boot", ('"64M"', f"{LINE} elfcorehdr=1M", FIXED)),
+        Step("kexec", (f"{LINE} elfcorehdr=1M reserve_mem=2097152:4096:b", 'initrd="4M"')),
+        Step("kexec", (f"{LINE} reserve_mem=2097152:4096:b",)),
+    ),
 }
 
 
@@ -65,6 +71,16 @@ def test_nobody_puts_what_a_dead_task_was_putting() -> None:
     )
     assert replay(steps, FIXED) is not None
     assert replay((*steps, Step("put_outgoing", ("g0",))), FIXED) is None
+
+
+def test_nobody_maps_what_there_is_not() -> None:
+    """An area is asked for where there is memory for it: half of what is free and no scratch."""
+    steps = [Step("boot", ('"64M"', "mem=25165824", FIXED))]
+    steps += [Step("alloc_folio", (f"f{n}", order)) for n, order in enumerate((9, 10))]
+    assert replay([*steps, Step("vmalloc", ("v0", 2093056, False))], FIXED) is not None
+    steps += [Step("alloc_folio", ("f2", 9)), Step("load_image", ("mem=25165824",))]
+    assert replay([*steps, Step("vmalloc", ("v0", 4097, False))], FIXED) is not None
+    assert replay([*steps, Step("vmalloc", ("v0", 2093056, False))], FIXED) is None
 
 
 def test_nobody_kexecs_past_a_lock_of_the_dead() -> None:
