@@ -83,6 +83,15 @@ def test_nobody_maps_what_there_is_not() -> None:
     assert replay([*steps, Step("vmalloc", ("v0", 2093056, False))], FIXED) is None
 
 
+def test_many_need_room() -> None:
+    """Huge pages and an image that waits take nearly all: nobody wants a half of many then."""
+    full = Step("boot", ('"64M"', f"{LINE} hugepages=16", FIXED))
+    steps = [full, SESSION, Step("load_image", (f"{LINE} hugepages=16",))]
+    assert replay([BOOT, SESSION, Step("preserve_files", ("s0", 64))], FIXED) is not None
+    assert replay([*steps, Step("preserve_files", ("s0", 64))], FIXED) is None
+    assert replay([*steps, Step("create_sessions", ("c0", 52))], FIXED) is None
+
+
 def test_nobody_kexecs_past_a_lock_of_the_dead() -> None:
     """liveupdate_reboot waits for ever where a task died in a session's call; a reset helps."""
     steps = (

@@ -24,6 +24,8 @@ __all__ = ("KINDS", "close_session", "finish_session", "is_busy")
 
 _MAX = LIVEUPDATE_SESSION_NAME_LENGTH
 _SESSIONS_MAX = 3
+_ROOM_BYTES = 8 << 20
+"""Free memory that is enough for many of anything: no author wants half of them."""
 
 
 def _is_on(world: World) -> bool:
@@ -54,7 +56,7 @@ def _twice_choices(world: World) -> list[Args]:
 
 
 def _crowd_choices(world: World) -> list[Args]:
-    if not _is_on(world) or world.of("crowd", "held"):
+    if not _is_on(world) or world.of("crowd", "held") or world.free_bytes < _ROOM_BYTES:
         return []
     full = kho_block_capacity(world.kernel.arch.page_size, LUO_SESSION_SER_BYTES)
     left = full - len(world.of("session", "held"))
@@ -138,7 +140,7 @@ def _owned_files(world: World) -> list[Args]:
 
 
 def _many_choices(world: World) -> list[Args]:
-    if not _is_on(world):
+    if not _is_on(world) or world.free_bytes < _ROOM_BYTES:
         return []
     full = kho_block_capacity(world.kernel.arch.page_size, LUO_FILE_SER_BYTES)
     found = []

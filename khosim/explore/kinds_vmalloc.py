@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from khosim.abi.kho_vmalloc import kho_vmalloc_size
 from khosim.explore.kinds import NEW, Args, Kind, gone, of, preservable, to
-from khosim.kernel.pageblock import CMA
 
 if TYPE_CHECKING:
     from khosim.explore.world import World
@@ -26,8 +25,7 @@ def _area_choices(world: World) -> list[Args]:
     huge = page << (world.kernel.arch.page_shift - 3)
     sizes = [(size, False) for size in (1, page + 1, full * page, (full + 1) * page)]
     sizes += [(size, True) for size in (page, huge, huge + 1, full * huge, (full + 1) * huge)]
-    zones = world.kernel.pages.zones
-    room = sum(zone.nr_free_pages() - zone.nr_free[CMA] for zone in zones) * page // 2
+    room = world.free_bytes // 2
     return [(NEW, size, is_huge) for size, is_huge in sizes if size < room]
 
 

@@ -18,6 +18,7 @@ from khosim.explore import kit
 from khosim.explore.expectations import is_expected_after_death, is_expected_panic
 from khosim.explore.limits import EVENTS_MAX, NoEnd
 from khosim.explore.oracles import is_warning
+from khosim.kernel.pageblock import CMA
 from khosim.program_text import FILENAME, compiled
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ DIED = "task died"
 """What :meth:`World.run` answers of a step in which the task died."""
 
 
+_LITTLE = 256 << 10
+"""With less memory than that any call may be refused for want of it."""
 _LEFT = ("EBUSY", "EEXIST", "EINVAL", "ENOENT")
 
 
@@ -168,6 +171,13 @@ class World:
     def hardware_bytes(self) -> int:
         """How much memory the machine has."""
         return self.machine.hardware.memory_map.ram_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """How much memory is free and no scratch, which the kernel's own data cannot be in."""
+        zones = self.kernel.pages.zones
+        nr_pages = sum(zone.nr_free_pages() - zone.nr_free[CMA] for zone in zones)
+        return nr_pages * self.kernel.arch.page_size
 
     @property
     def can_preserve(self) -> bool:
@@ -353,7 +363,8 @@ class World:
             return  # what a dead task had begun is in the way
         if kind.opens and errno_name == "EIO" and (self.has_failed or self._lacks_handler()):
             return
-        allowed = kind.errnos | ({"ENOMEM"} if step.fault else frozenset())
+        lacks_memory = bool(step.fault) or self.free_bytes < _LITTLE
+        allowed = kind.errnos | ({"ENOMEM"} if lacks_memory else frozenset())
         if errno_name not in allowed:
             text = f"{step.kind} was refused with -{errno_name}"
             self._problem("errno-as-documented", text)
