@@ -39,6 +39,16 @@ PROGRAMS = {
         Step("retrieve_file", ("s0", "k0", 0, "token"), 1),
         Step("close_unfinished", ("s0",)),
     ),
+    # Tokens came, though mem= let nobody expect any: who asks for a session first is told -EIO.
+    "sessions of which there are no books": (
+        BOOT,
+        Step("ledger", ("g0",)),
+        SESSION,
+        Step("token", ("k0", "")),
+        Step("preserve_file", ("s0", "k0", 0)),
+        Step("kexec", (f"{LINE} mem=1073610496",)),
+        SESSION,
+    ),
     # Twice what a kernel and its initrd take is more than there is, whatever else is set aside.
     "scratch that has no room beside an initrd": (
         Step("boot", ('"64M"', f"{LINE} elfcorehdr=1M", FIXED)),

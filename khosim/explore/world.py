@@ -370,7 +370,10 @@ class World:
             self._problem("errno-as-documented", text)
 
     def _lacks_handler(self) -> bool:
-        # Sessions cannot be read before whoever knows the files in them is there.
+        # Sessions cannot be read before whoever knows the files in them is there. Of what came to a
+        # kernel that was told to do with less there are no books.
+        if self.cursed:
+            return True
         tokens = any(item["type"] == "token" for item in self.of("file", "incoming"))
         return tokens and not self.of("ledger")
 
