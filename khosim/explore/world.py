@@ -348,8 +348,10 @@ class World:
             if not fault.has_struck or fault.spares:
                 continue
             self.is_harmed = True
-            said = [panic, *(self.machine.kernel.messages if self.machine.kernel else ())]
-            if len(struck) > 1 or not fault.words:
+            kernel = self.machine.kernel
+            said = [panic, *(kernel.messages if kernel else ())]
+            is_unread = kernel is not None and not kernel.options.kho  # by whom KHO is off
+            if len(struck) > 1 or not fault.words or is_unread:
                 continue
             if not any(word in text for word in fault.words for text in said):
                 self._problem("damage-unnoticed", f"nobody said {fault.words[0]!r}")
