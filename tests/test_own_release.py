@@ -269,7 +269,7 @@ def test_what_it_handed_over_can_be_inspected(tmp_path, capsys):
     ("call", "status", "told"),
     [
         ("run small --release {}", 0, "Linux 7.3-list (kho-list-v1)"),
-        ("explore --release {} --runs 2 pages", 0, "on Linux mine.py, seed 0: 0 findings"),
+        ("explore --release {} --runs 2 --seed 5 pages", 0, "mine.py, seed 5: 0 findings"),
         ("matrix --page-size 4K --only pages,oops --from {0},7.3 --to {0}", 0, "7.3-list"),
         ("plan 4G --release {}", 0, "Linux 7.3-list"),
     ],
