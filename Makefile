@@ -37,6 +37,8 @@ clean:; rm -rf .venv site
 	@$(GET) -e '.[lint]' && touch $@
 .venv/.docs: .venv/.ready
 	@$(GET) -e '.[docs]' && touch $@
+.venv/.cluster: .venv/.ready
+	@$(GET) -e '.[cluster]' && touch $@
 .venv/.browser: .venv/.ready
 	@$(GET) -e '.[browser]' && touch $@
 # The real libfdt, which FDT code is compared with, is compiled; without it those tests skip.

@@ -358,20 +358,6 @@ def test_engines_draw_other_programs(tmp_path: Path) -> None:
     assert campaign.explored == 3
 
 
-@pytest.mark.slow
-def test_a_cluster_finds_the_same(tmp_path: Path) -> None:
-    """Dask with two local workers: equal bytes, equal corpus."""
-    pytest.importorskip("distributed", reason="needs khosim[cluster]")
-    texts = []
-    for more in (["--cluster", "local:2"], ["--jobs", "1"]):
-        command = [*COMMAND, *more, "--corpus", str(tmp_path / more[0][2:])]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert (done.returncode, done.stderr) == (1, "")
-        texts.append(done.stdout)
-    assert texts[0] == texts[1]
-    assert _bytes(tmp_path / "cluster") == _bytes(tmp_path / "jobs")
-
-
 def test_a_terminal_has_a_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
