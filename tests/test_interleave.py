@@ -13,7 +13,10 @@ from khosim import InputError, Machine
 from khosim.cli.main import main
 from khosim.drivers.core import PIECES
 from khosim.drivers.kvm import VcpuFile
+from khosim.drivers.kvm_luo import KvmVcpuHandler
+from khosim.drivers.pci_core import PciCore
 from khosim.drivers.vmm import Vmm, VmmPlan
+from khosim.drivers.vtd import IntelIommu
 from khosim.explore.hosts import HOSTS, Act, Host
 from khosim.explore.interleave import (
     Batch,
@@ -222,6 +225,44 @@ def test_a_device_that_gets_no_answer_is_told() -> None:
     host.act(host.now, "nic", "read")
     host.kernel.alloc_folio(0)
     assert {found.invariant for found in host.verdict()} == {"device-answered"}
+
+
+def test_a_guest_that_does_not_go_on_after_a_refused_freeze_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its vCPUs were stopped, and nobody lets them run again."""
+    monkeypatch.setattr(KvmVcpuHandler, "unfreeze", lambda self, args: None)
+    assert _invariants(CLOUD, Plan(refused_by="nvme-c")) == {"guest-goes-on"}
+
+
+@pytest.mark.parametrize("model", [CLOUD, Model("cloud-host-amd")], ids=lambda model: model.host)
+def test_a_guest_that_nobody_preserves_reaches_nothing_from_the_jump_on(model: Model) -> None:
+    """Its devices are shut off, those of the others are not; an encrypted one leaves no page."""
+    layout = HOSTS[model.host]
+    acts = tuple(Act(m, *a) for m in range(0, moments(model), 3) for a in layout.actions())
+    for name in ("vm-a", "vm-s"):
+        host = Host(model.host, low=True)
+        assert host.play(acts, forgets=name, updates=2) == []
+    assert _invariants(model, Plan(acts, forgets="vm-c", allocator="adversarial", seed=9)) == set()
+
+
+def test_a_device_that_nobody_carries_and_nobody_stops_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bus mastering and translation left on: it writes to memory that is free by now."""
+    monkeypatch.setattr(PciCore, "shutdown", lambda self: None)
+    monkeypatch.setattr(IntelIommu, "shutdown", lambda self, preserved, buses: None)
+    plan = Plan((Act(260, "nic-b", "write"),), forgets="vm-b")
+    found = {said for said in run(CLOUD, plan) if said.invariant == "dma-in-owner"}
+    assert [said.message.endswith("carried by none") for said in found] == [True]
+
+
+def test_an_interrupt_table_in_memory_that_is_free_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody preserved it, and nothing was written over it yet."""
+    monkeypatch.setattr(IntelIommu, "unit_tables", lambda self: [(self.root, 0)])
+    assert _invariants(SMALL, Plan()) == {"interrupt-kept"}
 
 
 def test_a_kernel_that_dies_is_told() -> None:

@@ -2,8 +2,9 @@
 
 From boot on: where a device has a file of vfio, a request that was done has to have gone where the
 mappings of its iommufd say, by the memfds behind them and not by the tables, and to pages that are
-not free. A device that nobody has open is to reach nothing. What a session carried and has not
-finished is not asked here but by the record of the jump (:mod:`khosim.checks.device_watch`).
+not free. A device that nobody has open is to reach nothing, and from the jump until the next kernel
+is up no device that no session carries. What a session carried and has not finished is not asked
+here but by the record of the jump (:mod:`khosim.checks.device_watch`).
 
 Left out: requests to BARs of other devices, machines whose kernels have no driver for a unit.
 """
@@ -55,7 +56,14 @@ class DmaWatch:
     def _hear(self, event: HardwareEvent) -> None:
         if event.kind != "dma" or event.detail["dma"].outcome != "done":
             return
-        kernel = None if self._kernel is None else self._kernel()
+        watch = self.history.devices
+        if self._kernel is None:
+            if watch is not None and event.source not in watch.devices:
+                at = event.detail["dma"].runs[0][0]
+                where = f"reached {at:#x} between the kernels"
+                self._say(f"{event.source} {where}, carried by none", at)
+            return
+        kernel = self._kernel()
         drivers = getattr(kernel, "drivers", None)
         if kernel is not None and drivers is not None and drivers.vfio is not None:
             self._judge(kernel, drivers.vfio, event.detail["dma"])

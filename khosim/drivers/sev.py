@@ -195,22 +195,27 @@ class Sev:
     def shutdown(self) -> None:
         """``sp_pci_shutdown``: ``SNP_SHUTDOWN_EX``, unless guests are preserved.
 
-        Then those that are not are taken apart, for the table would keep their pages from the next
-        kernel (a #PF(RMP) at its first write to one).
+        With live update those that nobody preserved are taken apart first: the table would keep
+        their pages from the next kernel (a #PF(RMP) at its first write to one). 7.3 leaves that to
+        user space, which has to end its guests.
         """
-        if self.nr_preserved:
-            left = [guest for guest in self.guests.values() if not guest.outgoing]
-            left += [SnpGuest(*came) for came in self._incoming.items()]
-            for guest in left:
-                runs = list(self.snp.rmp.runs())
-                mine = [(0, at, end - at) for at, end, it in runs if it.asid == guest.asid]
-                try:
-                    self.free_guest(guest, mine)
-                except KernelError as refused:
-                    self.kernel.printk(f"SEV-SNP: guest at {guest.gctx_phys:#x} stays ({refused})")
-            return
-        self._firmware("SNP_DF_FLUSH", self.snp.df_flush())
-        self._firmware("SNP_SHUTDOWN_EX", self.snp.shutdown())
+        if self.flb is not None:
+            self._give_up()
+        if not self.nr_preserved:
+            self._firmware("SNP_DF_FLUSH", self.snp.df_flush())
+            self._firmware("SNP_SHUTDOWN_EX", self.snp.shutdown())
+
+    def _give_up(self) -> None:
+        # Guests of this kernel, and those of the predecessor's whose session was not finished.
+        left = [guest for guest in self.guests.values() if not guest.outgoing]
+        left += [SnpGuest(*came) for came in self._incoming.items()]
+        for guest in left:
+            runs = list(self.snp.rmp.runs())
+            mine = [(0, at, end - at) for at, end, it in runs if it.asid == guest.asid]
+            try:
+                self.free_guest(guest, mine)
+            except KernelError as refused:
+                self.kernel.printk(f"SEV-SNP: guest at {guest.gctx_phys:#x} stays ({refused})")
 
     # -- guests ---------------------------------------------------------------------------------
 

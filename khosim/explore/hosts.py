@@ -80,6 +80,8 @@ class _Guest:
         self.wrote: dict[int, bytes] = {}
         """What stands at which guest-physical address since somebody wrote it."""
         self.steps: dict[str, int] = {}
+        self.is_left = False
+        """Nobody preserved it, and its kernel has jumped: its devices reach nothing any more."""
         self.pending: set[int] = set()
         """Vectors raised for vCPU 0 and not taken yet."""
 
@@ -135,6 +137,7 @@ class Host:
         """Events so far, from the first preserve on; -1 before it."""
         self._acts: dict[int, list[Act]] = {}
         self._serial = 0
+        self._forgets = ""
         self._problems: list[Violation] = []
         self.machine.listen(self._event)
         config = KernelConfig(release=find_release(release), without=self.without)
@@ -190,10 +193,13 @@ class Host:
         self._acts.setdefault(moment, []).append(Act(moment, who, what))
 
     def _event(self, event: Event) -> None:
-        if event.symbol == "vmx_sync_pir_to_irr" and self.now >= 0:
-            self._took(event)
         if self.now < 0:
             return
+        if event.symbol == "vmx_sync_pir_to_irr":
+            self._took(event)
+        if event.symbol == "machine_kexec":
+            for guest in self.guests:
+                guest.is_left |= not guest.parts
         for act in self._acts.get(self.now, ()):
             outcome = self._run(act) if act.what == "run" else self._device(act)
             self.done.append(Done(act, event, outcome))
@@ -231,6 +237,8 @@ class Host:
         return self._outcome(act, guest, since)
 
     def _outcome(self, act: Act, guest: _Guest, since: int) -> str:
+        if guest.is_left or guest.layout.name == self._forgets:
+            return self._outcome_of_left(act, guest, since)
         good, told = _GOOD[act.what], []
         for event in self.devices.events[since:]:
             if event.kind == "interrupt" and event.source == self.names[act.who]:
@@ -247,6 +255,18 @@ class Host:
                     self._says(act, dma.outcome, "DMA")
         if act.what == "interrupt" and not set(told) <= good:
             self._says(act, told[-1], "interrupt")
+        return "; ".join(told) or "nothing to do"
+
+    def _outcome_of_left(self, act: Act, guest: _Guest, since: int) -> str:
+        # Shut off at some moment before the jump, and for good from the jump on.
+        told = [
+            event.detail["dma"].outcome if event.kind == "dma" else event.detail["outcome"]
+            for event in self.devices.events[since:]
+            if event.kind in ("dma", "interrupt") and event.source == self.names[act.who]
+        ]
+        for outcome in told:
+            if guest.is_left and outcome in ("done", "peer", "posted", "latched", "merged"):
+                self._says(act, outcome, "a request that nobody preserved")
         return "; ".join(told) or "nothing to do"
 
     def _says(self, act: Act, outcome: str, kind: str) -> None:
@@ -280,16 +300,21 @@ class Host:
 
     # -- the update -----------------------------------------------------------------------------
 
-    def live_update(self, *, refused_by: str = "", backwards: bool = False) -> None:
+    def live_update(
+        self, *, refused_by: str = "", backwards: bool = False, forgets: str = ""
+    ) -> None:
         """One live update from the first preserve to the last finish.
 
         ``refused_by`` names a device that refuses to be frozen at a first try; ``backwards`` takes
-        the guests back in the other order. Raises the kernel's refusals where nothing is left out,
-        and :class:`~khosim.errors.KernelPanic`.
+        the guests back in the other order; ``forgets`` is a guest that nobody preserves. Raises the
+        kernel's refusals where nothing is left out, and
+        :class:`~khosim.errors.KernelPanic`.
         """
         self.now = max(self.now, 0)
+        self._forgets = forgets
         for guest in self.guests:
-            if guest.vmm is not None:
+            guest.parts = []
+            if guest.vmm is not None and guest.layout.name != forgets:
                 self._preserve(guest)
         if refused_by:
             self._refused(refused_by)
@@ -297,11 +322,12 @@ class Host:
         for guest in reversed(self.guests) if backwards else self.guests:
             if guest.parts:
                 self._resume(guest)
+            else:
+                guest.vmm = None
 
     def _preserve(self, guest: _Guest) -> None:
         assert guest.vmm is not None
         session = self.kernel.liveupdate.create_session(guest.layout.name)
-        guest.parts = []
         for part, file in guest.vmm.files().items():
             piece = piece_of(part)
             if piece in self.without and piece != "vfio":  # that one comes back, but reset
@@ -313,7 +339,7 @@ class Host:
         vmm = self._owner(name).vmm
         if vmm is None or name not in vmm.devices:
             return
-        file = vmm.devices[name]
+        file, running = vmm.devices[name], self.devices.vcpus.running
         file.refuses_freeze = errno.EBUSY
         try:
             self.machine.kexec(self.kernel)
@@ -321,6 +347,9 @@ class Host:
             if refused.errno != errno.EBUSY:
                 raise
         file.refuses_freeze = 0
+        if sorted(self.devices.vcpus.running) != sorted(running):
+            text = f"of {running} only {self.devices.vcpus.running} run after a refused freeze"
+            self._problems.append(Violation("guest-goes-on", text, self.machine.generation))
 
     def _resume(self, guest: _Guest) -> None:
         kernel, files = self.kernel, dict[str, "File"]()
@@ -365,6 +394,8 @@ class Host:
         ]
         for guest in self.guests:
             name = guest.layout.name
+            if guest.is_left:
+                continue
             if guest.vmm is None or guest.vmm.vm is None:
                 found.append(Violation("guest-arrives", f"{name} is gone", generation))
                 continue
@@ -382,13 +413,16 @@ class Host:
         updates: int = 1,
         refused_by: str = "",
         backwards: bool = False,
+        forgets: str = "",
     ) -> list[Violation]:
         """Let ``acts`` happen during so many live updates; what speaks, a panic included."""
         for act in acts:
             self.act(*act)
         try:
             for _ in range(updates):
-                self.live_update(refused_by=refused_by, backwards=backwards)
+                self.live_update(
+                    refused_by=refused_by, backwards=backwards, forgets=forgets
+                )
         except KernelPanic as panic:
             said = self.machine.check()
             return said or [Violation("kernel-panic", panic.message, self.machine.generation)]

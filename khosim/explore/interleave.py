@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     allocator: str = "linux"
     seed: int = 0
     low: bool = False
+    forgets: str = ""
 
 
 class Said(NamedTuple):
@@ -138,6 +139,7 @@ def _play(host: Host, plan: Plan) -> list[Violation]:
         updates=plan.updates,
         refused_by=plan.refused_by,
         backwards=plan.backwards,
+        forgets=plan.forgets,
     )
 
 
@@ -188,7 +190,16 @@ def draw(model: Model, name: str) -> Plan:
         allocator,
         random.randrange(1 << 16) if allocator == "adversarial" else 0,
         not model.without and random.random() < 0.5,
+        _forgotten(model, name),
     )
+
+
+def _forgotten(model: Model, name: str) -> str:
+    # Now and then a guest that nobody preserves, beside others.
+    random, guests = Random(f"{name} forgets"), HOSTS[model.host].guests
+    if model.without or len(guests) < 2 or random.random() > 0.25:
+        return ""
+    return random.choice(guests).name
 
 
 def nr_plans(model: Model, depth: int) -> int:
@@ -293,6 +304,8 @@ def _program(model: Model, plan: Plan, host: Host) -> str:
         update.append(f"refused_by={plan.refused_by!r}")
     if plan.backwards:
         update.append("backwards=True")
+    if plan.forgets:
+        update.append(f"forgets={plan.forgets!r}")
     lines += [f"host.live_update({', '.join(update)})"] * plan.updates
     return "\n".join([*lines, 'print(*host.verdict(), sep="\\n")']) + "\n"
 

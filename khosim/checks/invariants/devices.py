@@ -17,6 +17,7 @@ hands and came back between two looks is not noticed.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 from khosim.checks.device_watch import assigned_to, pages_of
@@ -257,7 +258,12 @@ def _interrupt_kept(look: Look) -> Sequence[Violation]:
             found.append(look.says(name, text, vcpu.pi_desc))
     unit = machine.iommu
     interrupts = _events(look, "interrupt")
-    for _, device, function in _watched(look):
+    watched = list(_watched(look))
+    table = getattr(unit, "irq_table_phys", 0)
+    if watched and table and getattr(unit, "remaps_irqs", False) and _is_free(look, table):
+        text = f"the interrupt remapping table at {table:#x} is nobody's any more"
+        found.append(look.says(name, text, table))
+    for _, device, function in watched:
         if not _is_itself(device, function) or not getattr(unit, "translates", True):
             continue
         if not device.command & _MASTER:
@@ -271,6 +277,17 @@ def _interrupt_kept(look: Look) -> Sequence[Violation]:
             text = f"interrupts of {device.name} were {lost[0]}"
             found.append(look.says(name, text, -1))
     return found[:REPORTED_MAX]
+
+
+def _is_free(look: Look, phys: int) -> bool:
+    # Whether anybody may get a page that was handed over: it was not, or the kernel has it free.
+    pfn = phys >> look.page_shift
+    handed, kernel = look.handed, look.kernel
+    if kernel is None or look.stage == TAKEOVER:
+        return handed is not None and not holds(handed.covered, [pfn])[0]
+    starts, ends, _ = kernel.pages.pages.columns()
+    at = bisect_right(starts, pfn) - 1
+    return at < 0 or pfn >= ends[at]
 
 
 def _descriptors(look: Look) -> Ranges | None:
