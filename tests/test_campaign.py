@@ -409,7 +409,7 @@ def _finding(number: int, invariant: str, steps: list[Step], *switches: str) -> 
 
 
 def test_findings_of_one_cause_are_one() -> None:
-    """Equal switches, or else equal programs; the shortest program speaks for all."""
+    """Equal switches, or else equal programs or words; the shortest program speaks for all."""
     longer = [BOOT, BOOT]
     joined = together(
         [
@@ -418,13 +418,15 @@ def test_findings_of_one_cause_are_one() -> None:
             _finding(3, "c", longer, "fix_y"),
             _finding(4, "d", longer),
             _finding(5, "e", longer),
+            _finding(6, "e", [BOOT, Step("kexec", ("kho=on",))]),
+            _finding(7, "g", [BOOT, Step("kexec", ("kho=on",)), BOOT]),
         ]
     )
     told = [(f.seed, f.invariant, f.also, f.switches, f.count) for f in joined]
     assert told == [
         ("0:2", "b", ("a",), ("fix_x",), 2),
         ("0:3", "c", (), ("fix_y",), 1),
-        ("0:4", "d", ("e",), (), 2),
+        ("0:6", "e", ("d", "g"), (), 4),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from khosim.cli.main import main
 from khosim.errors import InputError, KhoSimError
 from khosim.explore.campaign import Campaign, run_unit, tags
 from khosim.explore.codec import decode_steps, encode_steps
-from khosim.explore.exhaust import exhaust
+from khosim.explore.exhaust import digest, exhaust, expand, keep_of, kinds_of
 from khosim.explore.hazards import fixed
 from khosim.explore.kit import Stage, audit, preserve_many, restore_many
 from khosim.explore.program import tell
@@ -321,6 +322,33 @@ def test_exhaustive_search_counts_every_state(depth: int) -> None:
     assert done.states == _dumb_states(depth)
     assert done.is_complete
     assert done.suspects == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_copied_state_is_the_one_that_is_reached_again() -> None:
+    """From a fork of the process each next step leads to the state that running it all leads to."""
+    line = "kho=on liveupdate=on"
+    told = (("alloc_folio", "f0", 0), ("preserve_folio", "f0"), ("kexec", line))
+    program = [BOOT, *(Step(kind, tuple(args)) for kind, *args in told)]
+    kinds, keep = kinds_of("pages"), keep_of("pages")
+    children = [child for child in expand(program, kinds, "7.3", keep) if child.state]
+    assert len(children) > 15
+    parent = World(KINDS)
+    for step in program:
+        parent.run(step)
+    for child in children:
+        reads, writes = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                parent.run(child.step)
+                os.write(writes, digest(parent.state()).encode())
+            finally:
+                os._exit(0)
+        os.close(writes)
+        os.waitpid(pid, 0)
+        assert os.read(reads, 99).decode() == child.state
+        os.close(reads)
 
 
 def test_exhaustive_search_finds_the_shortest() -> None:

@@ -1,8 +1,9 @@
 """Bounded exhaustive search: every program of some steps, each state of the machine once.
 
-A state is reached again by running its steps from the boot on (a handover of a small machine takes
-some milliseconds, and nothing has to be copied). Two programs that end with equal books and equal
-pages, owners, preserved blocks and warnings (:meth:`khosim.explore.world.World.state`) are one.
+A state is reached again by running its steps from the boot on, which is cheaper than a copy of it:
+a handover of a small machine takes some milliseconds, a fork of the process some more. Two programs
+that end with equal books and equal pages, owners, preserved blocks and warnings
+(:meth:`khosim.explore.world.World.state`) are one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from khosim.explore.world import Problem, Step, World
 if TYPE_CHECKING:
     from khosim.kernel.behaviours import Release
 
-__all__ = ("Child", "Exhausted", "Frontier", "exhaust", "expand", "keep_of", "kinds_of")
+__all__ = ("Child", "Exhausted", "Frontier", "digest", "exhaust", "expand", "keep_of", "kinds_of")
 
 _BOOT = ('"64M"', "kho=on liveupdate=on")
 Keep = Callable[[World, Kind, Args], bool]

@@ -172,18 +172,29 @@ def together(findings: Iterable[Finding]) -> list[Finding]:
     """Findings put together by cause.
 
     Known hazards are told by the switches that make them silent: what one of them explains belongs
-    to it, also where another would do as well. What nothing explains is told by what its program is
-    made of. Of each cause the shortest program is kept, and who else says so.
+    to it, also where another would do as well. What nothing explains is told by what spoke, the
+    call with which it did, and whose page it is about, or by an equal program. Of each cause the
+    shortest program is kept, and who else says so.
     """
     groups: dict[frozenset[str], list[Finding]] = {}
+    known: dict[frozenset[str], frozenset[str]] = {}
     for found in sorted(findings, key=lambda f: (len(f.switches), _place(f.seed))):
         key = frozenset(found.switches)
         if key:
             key = next((k for k in groups if k <= key and "new" not in k), key)
         else:
-            key = frozenset(("new", *found.kinds))
+            names = frozenset(("new", *_where(found))), frozenset(("new", *found.kinds))
+            key = next((known[name] for name in names if name in known), names[0])
+            known.update(dict.fromkeys(names, key))
         groups.setdefault(key, []).append(found)
     return sorted(map(_joined, groups.values()), key=lambda f: _place(f.seed))
+
+
+def _where(found: Finding) -> tuple[str, ...]:
+    # Numbers in front, since a set of these is what is compared.
+    at = min(found.problem.at, len(found.steps) - 1)
+    parts = (found.invariant, found.shape, found.steps[at].kind, found.problem.owner)
+    return tuple(f"{n} {part}" for n, part in enumerate(parts))
 
 
 def _joined(group: list[Finding]) -> Finding:

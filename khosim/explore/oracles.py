@@ -240,7 +240,7 @@ def _given_back(
             f"page {start << shift:#x} (pfn {start:#x}, {end - start} pages) is preserved still, "
             "though all was given back"
         )
-        found.append(Violation("all-given-back", text, generation, start << shift))
+        found.append(_written(hardware, text, generation, start << shift))
     for owner, nr_pages in sorted(_by_owner(kernel).items()):
         more = nr_pages - baseline.by_owner.get(owner, 0)
         if more > 0 and not is_expected_leak(owner):
@@ -251,8 +251,14 @@ def _given_back(
             f"page {start << shift:#x} (pfn {start:#x}, {end - start} pages) waits to be restored, "
             "and nobody is left to do it"
         )
-        found.append(Violation("all-given-back", text, generation, start << shift))
+        found.append(_written(hardware, text, generation, start << shift))
     return found
+
+
+def _written(hardware: Hardware, text: str, generation: int, phys: int) -> Violation:
+    # Nobody owns the page; who wrote it tells what it was for.
+    by = hardware.ram.last_writer(phys) or (-1, "")
+    return Violation("all-given-back", text, generation, phys, "", by[1], by[0])
 
 
 def _unreachable(hardware: Hardware, kernel: Kernel) -> Ranges:

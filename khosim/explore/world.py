@@ -419,4 +419,5 @@ class World:
             if self.has_died and is_expected_after_death(violation.invariant):
                 continue
             if (violation.invariant, violation.message) not in known:
-                self._problem(violation.invariant, violation.message, violation.owner)
+                owner = violation.owner or violation.writer
+                self._problem(violation.invariant, violation.message, owner)
