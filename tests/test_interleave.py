@@ -246,6 +246,25 @@ def test_a_guest_that_nobody_preserves_reaches_nothing_from_the_jump_on(model: M
     assert _invariants(model, Plan(acts, forgets="vm-c", allocator="adversarial", seed=9)) == set()
 
 
+def test_a_device_of_a_forgotten_guest_refuses_nothing() -> None:
+    """Nobody asks it to be frozen: the first try is the one that goes through."""
+    assert _invariants(CLOUD, Plan(refused_by="nic-b", forgets="vm-b", updates=2)) == set()
+
+
+def test_a_simulator_that_falls_over_is_told_with_its_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The program is printed all the same."""
+
+    def breaks(self: Host, guest: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Host, "_resume", breaks)
+    (said,) = run(SMALL, Plan())
+    assert said == ("simulator-crash", "RuntimeError: broken")
+    assert "host.live_update()" in tell(SMALL, Plan())[0]
+
+
 def test_a_device_that_nobody_carries_and_nobody_stops_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

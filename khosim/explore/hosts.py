@@ -336,9 +336,10 @@ class Host:
             guest.parts.append(part)
 
     def _refused(self, name: str) -> None:
-        vmm = self._owner(name).vmm
-        if vmm is None or name not in vmm.devices:
-            return
+        guest = self._owner(name)
+        vmm = guest.vmm
+        if vmm is None or name not in vmm.devices or guest.layout.name == self._forgets:
+            return  # nobody asks it
         file, running = vmm.devices[name], self.devices.vcpus.running
         file.refuses_freeze = errno.EBUSY
         try:
