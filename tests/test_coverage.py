@@ -9,9 +9,12 @@ import pytest
 
 from khosim import InputError, Machine
 from khosim.cli.main import main
+from khosim.explore.campaign import Campaign
 from khosim.explore.coverage import Account, Reached, watching
+from khosim.explore.crew import Inline
+from khosim.explore.hazards import fixed
 from khosim.explore.kernel_source import Module, Site, modules, package_path
-from khosim.explore.work import Spec, Task, do
+from khosim.explore.work import Spec, Task, do, run_unit
 from khosim.kernel.trace import Event
 
 
@@ -209,7 +212,22 @@ def test_explore_tells_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(data["said"]) == {"refusal", "panic", "warning", "log"}
 
 
-def test_not_with_every_program(capsys: pytest.CaptureFixture[str]) -> None:
-    """An exhaustive search is not watched, and says so."""
-    assert main(["explore", "pages", "--exhaustive", "1", "--coverage"]) == 2
-    assert "--coverage: not together with --exhaustive" in capsys.readouterr().err
+def test_every_program_is_watched() -> None:
+    """What an exhaustive search reached is what its programs did; a deeper one has reached more."""
+    arcs = []
+    for depth in (1, 2):
+        campaign = Campaign("0", "subtrees", fixed("7.3"))
+        campaign.crew = Inline(campaign.spec._replace(watches=True))
+        campaign.exhaust(depth)
+        arcs.append(campaign.covered.arcs["kernel/kho_out.py"])
+    assert arcs[0] < arcs[1]
+
+
+def test_what_explains_a_program_is_not_watched() -> None:
+    """A suspect is carried out again on kernels with fixes, which reaches nothing of this one's."""
+    spec = Spec("reserve-mem", "7.3", "0", watches=True)
+    runs = do(spec, Task("runs", (0, 3, ())))
+    assert any(suspect.explained for suspect in runs.suspects)
+    with watching() as watch:
+        run_unit("0", "reserve-mem", "7.3", 0, 3)
+    assert runs.covered == watch.reached

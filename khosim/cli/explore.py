@@ -96,8 +96,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--jobs", "not together with --cluster")
     find_release(args.release)
     release = fixed(args.release) if args.fixed else args.release
-    if args.coverage and depth is not None:
-        raise InputError("--coverage", "not together with --exhaustive")
     if args.engine not in ("plain", "hypothesis"):
         raise InputError("--engine", f"{args.engine!r} is not one of plain, hypothesis")
     if args.engine == "hypothesis":

@@ -185,8 +185,9 @@ class Campaign:
 
     def _expanded(self, key: Any, result: Any) -> None:
         if self.corpus is not None:
-            self.corpus.done(record.of_children(key, result, self.spec.release))
-        self._children[key] = result
+            self.corpus.done(record.of_children(key, result.found, self.spec.release))
+        self.covered |= result.covered
+        self._children[key] = result.found
 
     # -- the work --------------------------------------------------------------------------------
 

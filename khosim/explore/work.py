@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from random import Random
 
+    from khosim.explore.exhaust import Child
     from khosim.explore.world import Step
     from khosim.kernel.behaviours import Release
 
@@ -73,6 +74,13 @@ class Runs(NamedTuple):
     given_up: int = 0
 
 
+class Expanded(NamedTuple):
+    """What some programs of an exhaustive search lead to, and what that reached of the kernel."""
+
+    found: list[list[Child]]
+    covered: Reached
+
+
 class Task(NamedTuple):
     """A piece of work: the name of one of the functions here, and its arguments after the spec."""
 
@@ -107,9 +115,7 @@ def run_unit(
         if n >= first:
             reached.update(step.kind for step in world.steps)
             if causes:
-                steps = tuple(world.steps)
-                why = explanations(steps, causes, release)
-                suspects.append(Suspect(name, steps, causes, why))
+                suspects.append(Suspect(name, tuple(world.steps), causes))
         world.close()
 
     made = count
@@ -122,6 +128,14 @@ def run_unit(
     return Runs(suspects, reached, tuple(skip), given_up=count - made)
 
 
+def _explained(
+    suspect: Suspect, release: str | Release, tick: Callable[[int], None]
+) -> Suspect:
+    # Nobody watches: these programs are carried out on kernels that nobody has.
+    tick(int(suspect.seed.rpartition(":")[2]))
+    return suspect._replace(explained=explanations(suspect.steps, suspect.causes, release))
+
+
 def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
     """Carry a piece of work out."""
     if task.name == "runs":
@@ -130,7 +144,10 @@ def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
             runs = run_unit(
                 spec.seed, spec.scenario, spec.release, first, count, skip, tick, spec.engine
             )
-        return runs._replace(covered=watch.reached)
+        return runs._replace(
+            covered=watch.reached,
+            suspects=[_explained(suspect, spec.release, tick) for suspect in runs.suspects],
+        )
     if task.name == "shrink":
         steps, cause = task.args
         shrunk = shrink(list(steps), cause, spec.release, tick=tick)
@@ -142,7 +159,8 @@ def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
     assert task.name == "expand"
     kinds, keep = kinds_of(spec.scenario), keep_of(spec.scenario)
     found = []
-    for program in task.args[0]:
-        tick(0)
-        found.append(list(expand(program, kinds, spec.release, keep)))
-    return found
+    with watching(on=spec.watches) as watch:
+        for program in task.args[0]:
+            tick(0)
+            found.append(list(expand(program, kinds, spec.release, keep)))
+    return Expanded(found, watch.reached)
