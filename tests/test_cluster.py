@@ -18,7 +18,7 @@ import pytest
 from khosim.errors import InputError
 from khosim.explore.campaign import Campaign
 from khosim.explore.cluster import Cluster
-from khosim.explore.work import Runs, Spec, Task, run_unit
+from khosim.explore.work import Runs, Spec, Task, do
 
 SPEC = Spec("reserve-mem", "7.3", "4")
 
@@ -114,7 +114,7 @@ def test_a_deadly_run_is_left_out(dask: type[Client]) -> None:
     [(number, runs)] = done
     assert number == 7
     assert isinstance(runs, Runs)
-    whole = run_unit(SPEC.seed, SPEC.scenario, "7.3", 0, 4, (2,))
+    whole = do(SPEC, Task("runs", (0, 4, (2,))))
     assert runs.suspects == whole.suspects
     assert runs.reached == whole.reached
     assert runs.lost == (2,)
