@@ -9,7 +9,7 @@ import pytest
 from khosim.errors import KernelError
 from khosim.explore.hazards import fixed
 from khosim.explore.kit import Stage, audit, failing
-from khosim.explore.search import replay
+from khosim.explore.search import KINDS, replay
 from khosim.explore.world import Step
 
 LINE = "kho=on liveupdate=on"
@@ -131,3 +131,9 @@ def test_a_refused_retrieve_leaves_nothing(n: int) -> None:
         session.retrieve(0).close()
     session.close()
     assert audit(machine, drained=True) == []
+
+
+def test_all_calls_of_sessions_lock() -> None:
+    """Whatever is done to a session locks it; its files are closed without."""
+    of_sessions = {n for n, kind in KINDS.items() if kind.group in ("session", "crowd", "agent")}
+    assert {n for n in of_sessions if not KINDS[n].locks} == {"close_file"}

@@ -87,6 +87,7 @@ KINDS = (
         _killed,
         can_fail=False,
         weight=2,
+        locks=True,
     ),
     Kind(
         "load_image",

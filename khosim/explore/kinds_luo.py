@@ -368,6 +368,7 @@ KINDS = (
         errnos=frozenset(("EEXIST", "EBUSY")),
         weight=2,
         can_fail=False,
+        locks=True,
     ),
     Kind(
         "preserve_badly",
@@ -378,6 +379,7 @@ KINDS = (
         errnos=frozenset(("EEXIST", "EBUSY", "ENOENT", "EFAULT")),
         weight=1,
         can_fail=False,
+        locks=True,
     ),
     Kind(
         "preserve_files",
@@ -413,6 +415,7 @@ KINDS = (
         nothing,
         can_fail=False,
         weight=1,
+        locks=True,
     ),
     Kind(
         "close_file",

@@ -8,6 +8,7 @@ books the kinds of steps (:mod:`khosim.explore.kinds`) tell what a lawful author
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -262,11 +263,9 @@ class World:
         # Whatever the dead task was busy with is nobody's: no promise is left for it.
         self.cursed = self.has_died = True
         self.is_stuck = self.is_stuck or self.kinds[step.kind].locks
-        for name in step.args:
-            item = self.items.get(name) if isinstance(name, str) else None
-            if item is None:
-                continue
-            item.state = "lost"
+        source = self.kinds[step.kind].source(self, *step.args)
+        for name in set(re.findall(r"\w+", source)) & set(self.items):
+            self.items[name].state = "lost"
             for other in self.of("file"):
                 if name in (other["session"], other["was"]):
                     other.state = "lost"
