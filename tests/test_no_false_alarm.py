@@ -102,6 +102,22 @@ def test_many_need_room() -> None:
     assert replay([*steps, Step("create_sessions", ("c0", 52))], FIXED) is None
 
 
+def test_what_a_task_died_at_is_lost() -> None:
+    """Named by the step, or by the text of its program: nobody goes on with it."""
+    steps = (
+        Step("boot", ('"64M"', "kho=on", FIXED)),
+        Step("vmalloc", ("v0", 1, False)),
+        Step("preserve_vmalloc", ("v0",)),
+        Step("unpreserve_vmalloc", ("v0",), 1, dies=True),
+    )
+    assert replay(steps, FIXED) is not None
+    assert replay((*steps, Step("unpreserve_vmalloc", ("v0",))), FIXED) is None
+    second = Step("create_session", ("s1", "x" * 63))
+    killed = (BOOT, SESSION, second, Step("kill", ("",), 1, dies=True))
+    assert replay(killed, FIXED) is not None
+    assert replay((*killed, Step("close_session", ("s1",))), FIXED) is None
+
+
 def test_nobody_kexecs_past_a_lock_of_the_dead() -> None:
     """liveupdate_reboot waits for ever where a task died in a session's call; a reset helps."""
     steps = (

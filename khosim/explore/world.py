@@ -264,7 +264,8 @@ class World:
         self.cursed = self.has_died = True
         self.is_stuck = self.is_stuck or self.kinds[step.kind].locks
         source = self.kinds[step.kind].source(self, *step.args)
-        for name in set(re.findall(r"\w+", source)) & set(self.items):
+        words = {*step.args, *re.findall(r"\w+", source)}
+        for name in [name for name in self.items if name in words]:
             self.items[name].state = "lost"
             for other in self.of("file"):
                 if name in (other["session"], other["was"]):
