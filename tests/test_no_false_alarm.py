@@ -10,6 +10,7 @@ from khosim.errors import KernelError
 from khosim.explore.hazards import fixed
 from khosim.explore.kit import Stage, audit, failing
 from khosim.explore.search import KINDS, replay
+from khosim.explore.work import run_unit
 from khosim.explore.world import Step
 
 LINE = "kho=on liveupdate=on"
@@ -153,3 +154,8 @@ def test_all_calls_of_sessions_lock() -> None:
     """Whatever is done to a session locks it; its files are closed without."""
     of_sessions = {n for n, kind in KINDS.items() if kind.group in ("session", "crowd", "agent")}
     assert {n for n in of_sessions if not KINDS[n].locks} == {"close_file"}
+
+
+def test_who_dies_while_a_call_is_undone_is_mourned() -> None:
+    """What it had freed is freed again with its session: nobody's finding, as any dead task's."""
+    assert not run_unit("5", "all", FIXED, 80293, 1).suspects

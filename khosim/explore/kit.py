@@ -256,12 +256,15 @@ def preserve_badly(session: Session, file: File, token: int) -> None:
     process = session.kernel.process("agent")
     for shared in (session, file):
         shared.get_file()
-    before = session.tokens
+    before, is_refused = session.tokens, False
     try:
         fds = [process.install(shared) for shared in (session, file)]
         asked = uapi.PRESERVE_FD.pack(uapi.PRESERVE_FD.size, fds[1], token)
         process.ioctl(fds[0], uapi.LIVEUPDATE_SESSION_PRESERVE_FD, asked)
+    except KernelError:
+        is_refused = True
+        raise
     finally:
         process.exit()
-        if session.tokens != before:
+        if is_refused and session.tokens != before:
             raise AssertionError("the file is preserved, though the call failed")
