@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -336,3 +338,26 @@ def test_a_late_image_becomes_a_plain_kexec() -> None:
     shrunk = shrink(steps, cause_of(world.problems[0]), "7.3")
     assert shrunk is not None
     assert [step.kind for step in shrunk[0]] == ["boot", "kexec"]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: overwritten("root FDT", 0, "zz"), "overwritten: data: 'zz' is not hexadecimal"),
+        (lambda m: overwritten("root FDT", -1, "00"), "overwritten: offset: -1 is less than 0"),
+        (lambda m: flipped("root FDT", -1), "flipped: bit: -1 is less than 0"),
+        (lambda m: lost_memory(m.hardware, 5, 3), "lost_memory: [0x5, 0x3) is no range"),
+        (lambda m: lost_memory(m.hardware, 0, 1 << 40), "there is no RAM"),
+        (lambda m: jump_with(m.kernel, "torn"), "jump_with: 'torn' is no fault"),
+        (lambda m: kill(m.kernel, 7), "kill: 7 is no open file"),
+        (lambda m: Dma(m, -8), "Dma: phys: -8 is no address"),
+    ],
+)
+def test_a_fault_that_cannot_be_is_one_line(call: Any, says: str) -> None:
+    """What is wrong about it, before anything strikes."""
+    machine = Machine("64M")
+    machine.boot(cmdline=ON)
+    with pytest.raises(InputError, match=re.escape(says)):
+        call(machine)
+    assert machine.kernel is not None
+    assert machine.kernel.alive

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 from khosim import InputError, KernelError, KernelPanic, Machine, testing
@@ -255,6 +255,19 @@ TestQuiet.settings = settings(TestQuiet.settings, max_examples=6, derandomize=Tr
         (lambda: release_pairs(releases=("2.6",)), "'2.6' is none of"),
         (lambda: Life(Rules(STANDARD)).do("fly"), "'fly' is none of alloc_folio"),
         (lambda: assert_survives(Machine("64M").boot(cmdline=ON), 7), "neither a folio"),
+        (lambda: Life(Rules(STANDARD)).do("alloc_folio"), "takes order, owner, content, not none"),
+        (lambda: Life(Rules(STANDARD)).do("kexec", speed=3), "takes no arguments, not speed"),
+        (lambda: Life(Rules(STANDARD)).do("kexec", fault=Fault("x", 0)), "'x' is none of alloc"),
+        (lambda: operation(value=3)(not_too_much), "not_too_much: value: 3 is no strategy"),
+        (lambda: operation(may_refuse=("EX",))(not_too_much), "may_refuse: 'EX' is no errno"),
+        (lambda: operation(weight=-1)(not_too_much), "its weight -1 is less than 0"),
+        (lambda: handover_machine(faults=FaultPlan()), "faults: FaultPlan(faults=()) is no strat"),
+        (lambda: handover_machine(releases=("7.2", "7.3")), "releases: ('7.2', '7.3') is no strat"),
+        (lambda: handover_machine(hooks={}), "hooks: {} is no Hooks"),
+        (lambda: fault_plans(kinds=()), "fault_plans: kinds: there is none"),
+        (lambda: fault_plans(n_max=0), "fault_plans: n_max: 0 is less than 1"),
+        (lambda: find(machine_plans(arches=("mips",)), bool), "arches: 'mips' is none of"),
+        (lambda: find(machine_plans(nodes_max=0), bool), "machine_plans: 0 nodes and 1 holes"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(call: Any, says: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from khosim.abi.boot_params import BOOT_PARAMS_BYTES, E820_RAM, parse_boot_params, with_e820
+from khosim.errors import InputError
 from khosim.faults.places import places
 from khosim.machine.memory_map import RAM, MemoryMap, NodeRange, Region
 
@@ -54,11 +55,19 @@ def jump_with(kernel: Kernel, *faults: Between, **options: Any) -> Any:
 
     ``options`` are those of :meth:`khosim.Machine.kexec`.
     """
+    for fault in faults:
+        if not isinstance(fault, Between):
+            raise InputError("jump_with", f"{fault!r} is no fault")
     host: Any = kernel.host
     host.load_successor(kernel, **options)
     for fault in faults:
         fault.strike(kernel)
     return host.resume()
+
+
+def _from_zero(what: str, number: int) -> None:
+    if number < 0:
+        raise InputError(what, f"{number!r} is less than 0")
 
 
 class _Bytes(Between):
@@ -96,10 +105,16 @@ A version or a count of 1 is one that it takes, wrong as it may be.
 def overwritten(place: str, offset: int, data: str) -> Between:
     """At the jump ``data``, hexadecimal, stands at ``offset`` of the place.
 
-    See :func:`khosim.faults.places.places`. Raises ValueError for what is not hexadecimal.
+    See :func:`khosim.faults.places.places`. Raises :class:`InputError` for what is not hexadecimal,
+    and for an offset below 0.
     """
+    try:
+        told = bytes.fromhex(data)
+    except ValueError:
+        raise InputError("overwritten: data", f"{data!r} is not hexadecimal") from None
+    _from_zero("overwritten: offset", offset)
     words = _CLAIMS.get((place, offset), ()) if not data.startswith("01") else ()
-    return _Bytes(place, offset, bytes.fromhex(data), words)
+    return _Bytes(place, offset, told, words)
 
 
 class _Flip(Between):
@@ -121,7 +136,8 @@ class _Flip(Between):
 
 
 def flipped(place: str, bit: int) -> Between:
-    """At the jump one bit of the place is another."""
+    """At the jump one bit of the place is another; raises :class:`InputError` for one below 0."""
+    _from_zero("flipped: bit", bit)
     return _Flip(place, bit)
 
 
@@ -221,7 +237,14 @@ def without(memory_map: MemoryMap, start: int, end: int) -> MemoryMap:
 
 
 def lost_memory(hardware: Hardware, start: int, end: int) -> Between:
-    """From the jump on RAM [start, end) is not there: a DIMM, a node, a hole."""
+    """From the jump on RAM [start, end) is not there: a DIMM, a node, a hole.
+
+    Raises :class:`InputError` for a range that is none, and where no RAM would be left.
+    """
+    if not 0 <= start < end:
+        raise InputError("lost_memory", f"[{start:#x}, {end:#x}) is no range")
+    if all(start <= low and high <= end for low, high in hardware.ram_ranges):
+        raise InputError("lost_memory", f"without [{start:#x}, {end:#x}) there is no RAM")
     return _Map(without(hardware.memory_map, start, end), start, end)
 
 

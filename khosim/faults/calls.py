@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from khosim.errors import InputError, KernelError, KhoSimError
+from khosim.kernel.file import File
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from khosim.kernel.file import File
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.liveupdate.file_ops import LiveupdateFileOpArgs, Op
     from khosim.kernel.trace import Event
@@ -131,6 +131,8 @@ def kill(kernel: Kernel, *files: File) -> None:
     """
     process = kernel.process("agent")
     for file in files:
+        if not isinstance(file, File):
+            raise InputError("kill", f"{file!r} is no open file")
         process.install(file)
     process.kill()
 

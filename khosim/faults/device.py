@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from khosim.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,12 +35,15 @@ class Dma:
 
     It does so wherever that is in RAM, until :meth:`stop` or until the machine is reset. What has
     to survive: everything, where ``phys`` lies in memory that its owner preserves, with what the
-    device wrote; the machine alone, where it lies in anybody else's.
+    device wrote; the machine alone, where it lies in anybody else's. Raises :class:`InputError` for
+    what is no address.
     """
 
     __slots__ = ("_generation", "_has_jumped", "_machine", "count", "phys")
 
     def __init__(self, machine: Board, phys: int) -> None:
+        if phys < 0:
+            raise InputError("Dma: phys", f"{phys} is no address")
         self._machine = machine
         self._generation = machine.generation
         self._has_jumped = False

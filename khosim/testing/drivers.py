@@ -72,7 +72,7 @@ def handover_machine(
     rules = Rules(
         chosen(ops, standard),
         tuple(invariants),
-        hooks or Hooks(),
+        Hooks() if hooks is None else hooks,
         faults,
         _MACHINES if machines is None else machines,
         st.just((release, release)) if releases is None else releases,

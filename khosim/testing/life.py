@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from khosim.checks.held import outgoing_pages
 from khosim.checks.ranges import merged, minus, page_ranges
-from khosim.errors import KernelError, KernelPanic
+from khosim.errors import InputError, KernelError, KernelPanic
 from khosim.kernel.kho_vmalloc import (
     KhoVmallocSlot,
     kho_preserve_vmalloc,
@@ -25,6 +25,7 @@ from khosim.program_text import compiled, indented
 from khosim.simulator import Machine
 from khosim.testing import asserts
 from khosim.testing.faults import (
+    KINDS,
     Dma,
     Fault,
     failing_allocation,
@@ -188,10 +189,15 @@ class Life:
     def do(self, op: Operation | str, *, fault: Fault | None = None, **args: Any) -> bool:
         """Carry an operation out; False where it is not possible or has nothing to do now.
 
-        An errno that is allowed leaves the books as they were, and counts as carried out.
+        An errno that is allowed leaves the books as they were, and counts as carried out. Raises
+        :class:`~khosim.errors.InputError` for arguments that the operation has not.
         """
         if isinstance(op, str):
             op = self.rules.op(op)
+        op.check(args)
+        if fault is not None and fault.kind not in KINDS:
+            cause = f"{fault.kind!r} is none of {', '.join(KINDS)}"
+            raise InputError("khosim.testing: fault", cause)
         if fault is not None and fault.kind in BEFORE:
             self._strike(fault.kind, fault.n)
             fault = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from hypothesis.strategies import SearchStrategy
 
 from khosim.errors import InputError
 from khosim.kernel.release import Release, find_release
@@ -18,7 +21,15 @@ if TYPE_CHECKING:
     from khosim.testing.life import Life
     from khosim.testing.step import Written
 
-__all__ = ("Hooks", "Operation", "Rules", "import_of", "operation", "release_source")
+__all__ = (
+    "Hooks",
+    "Operation",
+    "Rules",
+    "check_strategy",
+    "import_of",
+    "operation",
+    "release_source",
+)
 
 Function = Callable[..., Any]
 
@@ -51,6 +62,13 @@ class Operation:
         if self.function is None:
             raise InputError(f"khosim.testing: {self.name}", "only a Life can carry it out")
         return self.function(*args, **values)
+
+    def check(self, args: Mapping[str, Any]) -> None:
+        """Raise :class:`InputError` where ``args`` are not those it takes."""
+        if set(args) != set(self.args):
+            wanted = ", ".join(self.args) or "no arguments"
+            told = ", ".join(args) or "none"
+            raise InputError(f"khosim.testing: {self.name}", f"it takes {wanted}, not {told}")
 
     def may_fail(self, fault: Fault) -> bool:
         """Whether ``fault`` may strike within it.
@@ -87,6 +105,15 @@ def operation(
 
     def decorate(function: Function) -> Operation:
         import_of(function)
+        place = f"khosim.testing: {function.__name__}"
+        if weight < 0:
+            raise InputError(place, f"its weight {weight!r} is less than 0")
+        for name in may_refuse:
+            if name not in errno.errorcode.values():
+                raise InputError(place, f"may_refuse: {name!r} is no errno")
+        for name, value in args.items():
+            if not callable(value):
+                check_strategy(f"{place}: {name}", value)
         possible = None if when is None else lambda life: when(life.kernel, life.state)
         return Operation(
             function.__name__,
@@ -100,6 +127,12 @@ def operation(
         )
 
     return decorate
+
+
+def check_strategy(place: str, value: object) -> None:
+    """Raise :class:`InputError` where ``value`` is no strategy of Hypothesis."""
+    if not isinstance(value, SearchStrategy):
+        raise InputError(place, f"{value!r} is no strategy: st.just() makes one of a value")
 
 
 def import_of(function: Function) -> tuple[str, str, str]:
@@ -164,6 +197,11 @@ class Rules:
         if not self.ops:
             raise InputError("khosim.testing: ops", "there is no operation at all")
         hooks = self.hooks
+        if not isinstance(hooks, Hooks):
+            raise InputError("khosim.testing: hooks", f"{hooks!r} is no Hooks(...)")
+        for name in ("faults", "machines", "releases"):
+            if getattr(self, name) is not None:
+                check_strategy(f"khosim.testing: {name}", getattr(self, name))
         for function in (hooks.on_boot, hooks.before_kexec, hooks.after_restore, *self.invariants):
             if function is not None:
                 _check_takes_two(function)

@@ -59,6 +59,11 @@ def machine_plans(
     least 512 MiB, those with several nodes 64 MiB and 32 MiB for each. ``memoryless`` puts a node
     without memory behind the others now and then.
     """
+    for arch in arches:
+        if arch not in _PAGE_SIZES:
+            raise InputError("machine_plans: arches", f"{arch!r} is none of x86_64, arm64")
+    if nodes_max < 1 or holes_max < 0:
+        raise InputError("machine_plans", f"{nodes_max} nodes and {holes_max} holes at most")
     arch = draw(st.sampled_from(tuple(arches)))
     page_size = draw(st.sampled_from(_PAGE_SIZES[arch]))
     ram = draw(st.sampled_from(tuple(rams)))
@@ -219,6 +224,12 @@ def fault_plans(
 
     "oops" and "bytes" are for the kit's own operations; yours have to be able to forget.
     """
+    least = {"steps": 0, "max_size": 0, "n_max": 1}
+    for name, value in (("steps", steps), ("max_size", max_size), ("n_max", n_max)):
+        if value < least[name]:
+            raise InputError(f"fault_plans: {name}", f"{value!r} is less than {least[name]}")
+    if not kinds:
+        raise InputError("fault_plans: kinds", "there is none")
     for kind in kinds:
         if kind not in KINDS:
             raise InputError("fault_plans: kinds", f"{kind!r} is none of {', '.join(KINDS)}")
