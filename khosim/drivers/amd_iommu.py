@@ -37,6 +37,7 @@ from khosim.abi.amd_iommu import (
 )
 from khosim.abi.iommu import IOMMU_AMD
 from khosim.abi.vtd import address_of
+from khosim.drivers.iommu_unit import IommuUnit
 from khosim.drivers.page_table import AMD_FORMAT, LEVELS
 from khosim.errors import KernelError, KernelPanic
 
@@ -56,7 +57,7 @@ _BUFFER_ORDER, _BUFFER_BYTES, _SIZE_512 = 1, 8192, 9 << 56
 _TABLE_SIZE = 0x1FF
 
 
-class AmdIommu:
+class AmdIommu(IommuUnit):
     """``struct amd_iommu``: a unit as one kernel drives it. ``base`` is its registers' address.
 
     ``root`` is the device table, ``domain_ids`` are those in use.
@@ -67,24 +68,10 @@ class AmdIommu:
     posts_interrupts = False
     irq_table = 0
 
-    __slots__ = (
-        "_cmd_buf",
-        "_last_bdf",
-        "_sem",
-        "_tail",
-        "base",
-        "devices",
-        "domain_ids",
-        "kernel",
-        "root",
-    )
+    __slots__ = ("_cmd_buf", "_last_bdf", "_sem", "_tail")
 
     def __init__(self, kernel: Kernel, devices: Devices, base: int) -> None:
-        self.kernel = kernel
-        self.devices = devices
-        self.base = base
-        self.root = 0
-        self.domain_ids: set[int] = set()
+        super().__init__(kernel, devices, base)
         self._last_bdf = 0
         self._cmd_buf = self._sem = 0
         self._tail = 0
@@ -105,9 +92,6 @@ class AmdIommu:
     def translates(self) -> bool:
         """``CONTROL_IOMMU_EN``."""
         return bool(self.devices.mmio_read(self.base + _CONTROL, 8) & _ENABLE)
-
-    def _alloc(self, order: int) -> int:
-        return self.kernel.alloc_folio(order, owner="iommu_alloc_pages", zero=True).phys
 
     # -- coming up ------------------------------------------------------------------------------
 
@@ -171,14 +155,6 @@ class AmdIommu:
 
     # -- devices --------------------------------------------------------------------------------
 
-    def alloc_domain_id(self) -> int:
-        """``pdom_id_alloc``: the lowest domain id that is free; 0 is nobody's."""
-        number = 1
-        while number in self.domain_ids:
-            number += 1
-        self.domain_ids.add(number)
-        return number
-
     def bus_tables(self, bus: int) -> list[tuple[int, int]]:
         """None: one table has all buses."""
         return []
@@ -231,14 +207,6 @@ class AmdIommu:
         """Nothing was posted."""
 
     # -- live update ----------------------------------------------------------------------------
-
-    def restore_tables(self) -> None:
-        """Take the device table over, or die."""
-        if self.kernel.kho_restore_folio(self.root) is None:
-            raise KernelPanic(
-                f"kernel BUG in iommu_restore_pages: no preserved page at {self.root:#x}",
-                self.kernel.generation,
-            )
 
     def shutdown(self, preserved: set[int] | None, buses: set[int]) -> None:
         """``disable_iommus``: everything off; or, where requesters are ``preserved``, on.

@@ -29,9 +29,9 @@ from khosim.abi.vtd import (
     posted_irte,
     root_entry,
 )
+from khosim.drivers.iommu_unit import IommuUnit
 from khosim.drivers.page_table import LEVELS, VTD_FORMAT
-from khosim.errors import KernelError, KernelPanic
-from khosim.kernel.page import Folio
+from khosim.errors import KernelError
 
 if TYPE_CHECKING:
     from khosim.drivers.page_table import PageTable
@@ -45,10 +45,9 @@ _TE, _SRTP, _QIE, _IRE, _SIRTP = 1 << 31, 1 << 30, 1 << 26, 1 << 25, 1 << 24
 _CONTEXT, _IOTLB, _IEC, _GLOBAL, _BY_DOMAIN, _BY_DEVICE = 1, 2, 4, 1 << 4, 2 << 4, 3 << 4
 _IRTA_BITS = 7  # 2 ** (7 + 1) entries
 _NR_IRTES = 256
-_FIRST_DOMAIN_ID = 1
 
 
-class IntelIommu:
+class IntelIommu(IommuUnit):
     """``struct intel_iommu``: a unit as one kernel drives it. ``base`` is its registers' address.
 
     ``domain_ids`` are those in use; ``irtes`` tells which entries of the interrupt table are.
@@ -58,25 +57,11 @@ class IntelIommu:
     format = VTD_FORMAT
     posts_interrupts = True
 
-    __slots__ = (
-        "_queue",
-        "_tail",
-        "base",
-        "devices",
-        "domain_ids",
-        "irq_table",
-        "irtes",
-        "kernel",
-        "root",
-    )
+    __slots__ = ("_queue", "_tail", "irq_table", "irtes")
 
     def __init__(self, kernel: Kernel, devices: Devices, base: int) -> None:
-        self.kernel = kernel
-        self.devices = devices
-        self.base = base
-        self.root = 0
+        super().__init__(kernel, devices, base)
         self.irq_table = 0
-        self.domain_ids: set[int] = set()
         self.irtes: set[int] = set()
         self._queue = 0
         self._tail = 0
@@ -100,9 +85,6 @@ class IntelIommu:
     def translates(self) -> bool:
         """``DMA_GSTS_TES``."""
         return bool(self._read(_GSTS) & _TE)
-
-    def _alloc(self) -> int:
-        return self.kernel.alloc_folio(0, owner="iommu_alloc_pages", zero=True).phys
 
     # -- coming up ------------------------------------------------------------------------------
 
@@ -168,14 +150,6 @@ class IntelIommu:
             self._submit(_IOTLB | _BY_DOMAIN | domain_id << 16, 0)
 
     # -- devices --------------------------------------------------------------------------------
-
-    def alloc_domain_id(self) -> int:
-        """``domain_attach_iommu``: the lowest domain id that is free."""
-        number = _FIRST_DOMAIN_ID
-        while number in self.domain_ids:
-            number += 1
-        self.domain_ids.add(number)
-        return number
 
     def context_table(self, bus: int) -> int:
         """The context table of a bus, or 0."""
@@ -267,23 +241,6 @@ class IntelIommu:
         """(physical address, order) of the context table of a bus, if there is one."""
         table = self.context_table(bus)
         return [(table, 0)] if table else []
-
-    def restore_tables(self) -> None:
-        """``intel_iommu_liveupdate_restore_root_table``: take them over, or die."""
-        tables = self.unit_tables()
-        for bus in range(256):
-            tables += self.bus_tables(bus)
-        for phys, _ in tables:
-            if self.kernel.kho_restore_folio(phys) is None:
-                raise KernelPanic(
-                    f"kernel BUG in iommu_restore_pages: no preserved page at {phys:#x}",
-                    self.kernel.generation,
-                )
-
-    def free_queue(self) -> None:
-        """``free_iommu``: the invalidation queue goes."""
-        kernel = self.kernel
-        Folio(kernel, self._queue >> kernel.arch.page_shift, 0).put()
 
     def shutdown(self, preserved: set[int] | None, buses: set[int]) -> None:
         """``intel_iommu_shutdown``: translation off; or, where requesters are ``preserved``, on.
