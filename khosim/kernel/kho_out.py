@@ -318,8 +318,9 @@ class KhoOut:
             return False
         shift = self._kernel.arch.page_shift
         ((start, end),) = blocks_of_run(key, 1, shift)
-        runs = ((first, nr_keys) for nr_keys, first in tree.walk() if nr_keys)
-        spans = (span for first, nr_keys in runs for span in blocks_of_run(first, nr_keys, shift))
+        spans = (
+            span for nr_keys, first in tree.runs() for span in blocks_of_run(first, nr_keys, shift)
+        )
         return any(low < end and high > start for low, high in spans)
 
     def _pages_order(self, start_pfn: int, end_pfn: int, splits_at_nodes: bool) -> int:

@@ -293,15 +293,11 @@ def _find_busy_blocks(
                 continue
             spans = [(value, value + 1)]
         else:
-            bits = value.bit_length()
-            if (value + nr_keys - 1).bit_length() == bits:
+            borders = _first_and_last(value, nr_keys)
+            if borders is not None:
                 # The common case, without a detour: a run of one order in a block that is known.
-                shift = (65 - bits) & 63
-                phys = (value << shift) & _U64
-                block = phys >> _EXT_SHIFT
-                if block > last_block or (
-                    block in known and (phys + (nr_keys << shift) - 1) >> _EXT_SHIFT == block
-                ):
+                block, last = borders
+                if block > last_block or (block in known and last == block):
                     continue
             spans = list(blocks_of_run(value, nr_keys, page_shift))
         for start, end in spans:
@@ -328,15 +324,10 @@ def _busy_blocks_at_once(
     pages, runs = found
     blocks = {page >> _EXT_SHIFT for page in pages}
     for nr_keys, key in runs:
-        bits = key.bit_length()
-        if (key + nr_keys - 1).bit_length() != bits:
+        borders = _first_and_last(key, nr_keys)
+        if borders is None or borders[1] - borders[0] > _FEW_BLOCKS:
             return None
-        shift = (65 - bits) & 63
-        phys = (key << shift) & _U64
-        first, last = phys >> _EXT_SHIFT, (phys + (nr_keys << shift) - 1) >> _EXT_SHIFT
-        if last - first > _FEW_BLOCKS:
-            return None
-        blocks.update(range(first, last + 1))
+        blocks.update(range(borders[0], borders[1] + 1))
     if max(blocks) > min(last_block, _FEW_BLOCKS):
         return None
     # The other tree's pages come from scratch, where they may overwrite this one's.
@@ -346,6 +337,16 @@ def _busy_blocks_at_once(
         if flags & MEMBLOCK_KHO_SCRATCH and bisect_left(pages, start) < bisect_left(pages, end):
             return None
     return blocks
+
+
+def _first_and_last(key: int, nr_keys: int) -> tuple[int, int] | None:
+    # The 1 GiB blocks that a run begins and ends in; None where it crosses an order border.
+    bits = key.bit_length()
+    if (key + nr_keys - 1).bit_length() != bits:
+        return None
+    shift = (65 - bits) & 63
+    phys = (key << shift) & _U64
+    return phys >> _EXT_SHIFT, (phys + (nr_keys << shift) - 1) >> _EXT_SHIFT
 
 
 def blocks_of_run(key: int, nr_keys: int, page_shift: int) -> Iterator[tuple[int, int]]:
