@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from khosim.errors import InputError
 from khosim.explore.hazards import fixed
 from khosim.explore.search import KINDS
-from khosim.explore.world import Problem, Step, World
+from khosim.explore.world import LOADS, Problem, Step, World
 from khosim.kernel.behaviours import Release
 from khosim.kernel.release import find_release
 
@@ -101,7 +101,7 @@ def _look_at_words(kind: str, args: tuple[Any, ...], place: str) -> None:
         specs = {choice[0] for choice in KINDS["boot"].choices(World(KINDS))}
         if len(args) < 2 or args[0] not in specs or not isinstance(args[1], str):
             raise InputError(place, "it boots no machine that khosim explore has")
-    elif kind in ("kexec", "load_image"):
+    elif kind in LOADS:
         more = args[1:] if args and isinstance(args[0], str) else (None,)
         if not all(isinstance(word, str) and _OPTION.fullmatch(word) for word in more):
             raise InputError(place, "it hands over in a way that khosim explore has not")

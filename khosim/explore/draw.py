@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from khosim.explore.catalog import GIVES_BACK, KINDS, SCENARIOS
 from khosim.explore.kinds import NEW, Args, Kind, is_lawful
 from khosim.explore.kinds_boot import machine_weight
-from khosim.explore.world import Step, World
+from khosim.explore.world import JUMPS, LOADS, Step, World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ __all__ = ("is_drained", "named", "random_run")
 
 _STEPS_MAX = 36
 _REFUSALS_MAX = 3
-_NO_OOPS = ("kexec", "jump", "reset", "kill")
+_NO_OOPS = (*JUMPS, "reset", "kill")
 _SWEEP_MAX = 16
 _FACTORS = (0.2, 1, 1, 3)
 """A program has its own likings: kinds of steps that it takes seldom, or often."""
@@ -108,7 +108,7 @@ def _random_step(
             left.remove(kind)
             continue
         args = random.choice(choices)
-        if kind.name in ("kexec", "load_image"):
+        if kind.name in LOADS:
             args = choices[0]
             if "successors" in groups and random.random() < 0.6:
                 args = _by_change(random, world.cmdline, [(args[0], args) for args in choices])
@@ -149,7 +149,7 @@ def _fault(
         return random.randrange(1, random.choice((4, 12))), False, True
     if "faults" not in groups or not kind.can_fail or random.random() > 0.25:
         return 0, False, False
-    boot = kind.name in ("kexec", "jump") and random.random() < 0.7
+    boot = kind.name in JUMPS and random.random() < 0.7
     asks = kind.asks if isinstance(kind.asks, int) else kind.asks(world, args)
     chance = random.random()
     if chance < 0.2:  # the last one is where most has been done that may have to be undone
@@ -159,7 +159,7 @@ def _fault(
 
 def _weight(world: World, kind: Kind, weight: float) -> float:
     # Nobody learns much from a jump with nothing to hand over.
-    is_jump = kind.name in ("kexec", "jump")
+    is_jump = kind.name in JUMPS
     if is_jump and all(item.state != "preserved" for item in world.items.values()):
         return 1
     return weight

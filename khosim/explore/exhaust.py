@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from khosim.explore.kinds import Args, Kind
 from khosim.explore.limits import alarm
 from khosim.explore.search import KINDS, SCENARIOS, is_drained, named
-from khosim.explore.world import Problem, Step, World
+from khosim.explore.world import LOADS, Problem, Step, World
 
 if TYPE_CHECKING:
     from khosim.kernel.behaviours import Release
@@ -65,7 +65,7 @@ def keep_of(scenario: str) -> Keep:
     odd = "successors" in SCENARIOS[scenario]
 
     def keep(world: World, kind: Kind, args: Args) -> bool:
-        return odd or kind.name not in ("kexec", "load_image") or args[0] == world.cmdline
+        return odd or kind.name not in LOADS or args[0] == world.cmdline
 
     return keep
 

@@ -12,7 +12,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from khosim.explore.shrink import Finding
-from khosim.explore.world import Problem, Step
+from khosim.explore.world import LOADS, Problem, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,7 +44,7 @@ def tags(steps: Iterable[Step]) -> frozenset[str]:
     found: set[str] = set()
     words: list[str] = []
     for step in steps:
-        if step.kind in ("boot", "kexec", "load_image"):
+        if step.kind in ("boot", *LOADS):
             now = (step.args[1] if step.kind == "boot" else step.args[0]).split()
             found |= {f"{step.kind}+{word.split('=')[0]}" for word in now if word not in words}
             found |= {f"kexec-{word.split('=')[0]}" for word in words if word not in now}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from khosim.explore.hazards import SWITCHES
 from khosim.explore.limits import BY_THE_CLOCK, alarm
 from khosim.explore.search import KINDS, replay
-from khosim.explore.world import Step
+from khosim.explore.world import LOADS, Step
 from khosim.kernel.release import find_release
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def on_release(steps: Sequence[Step], release: str | Release) -> list[Step]:
     ending = "".join(f"+{name}=on" for name in on) + '"'
     told = [boot._replace(args=(*boot.args[:2], release, *boot.args[3:]))]
     for step in steps[1:]:
-        if on and step.kind in ("kexec", "load_image") and step.args[-1].startswith('release="'):
+        if on and step.kind in LOADS and step.args[-1].startswith('release="'):
             step = step._replace(args=(*step.args[:-1], step.args[-1][:-1] + ending))
         told.append(step)
     return told
@@ -193,7 +193,7 @@ def _simpler_step(steps: list[Step], i: int) -> Iterator[list[Step]]:
     if step.fault > 1:
         for fault in range(1, step.fault):
             yield [*steps[:i], step._replace(fault=fault), *steps[i + 1 :]]
-    if step.kind in ("kexec", "load_image"):
+    if step.kind in LOADS:
         yield from _simpler_successor(steps, i)
         return
     if step.kind == "jump":
@@ -238,7 +238,7 @@ def _loaded_late(steps: list[Step], i: int) -> Iterator[list[Step]]:
 
 
 def _has_line(step: Step) -> bool:
-    return step.kind in ("boot", "kexec", "load_image")
+    return step.kind in ("boot", *LOADS)
 
 
 def _reworded(steps: list[Step], word: str, new: str) -> list[Step]:
@@ -257,7 +257,7 @@ def _retold(steps: list[Step], word: str) -> list[Step]:
     # Later command lines without that word as well.
     told = []
     for step in steps:
-        if step.kind in ("kexec", "load_image"):
+        if step.kind in LOADS:
             line = " ".join(w for w in step.args[0].split() if w != word)
             step = step._replace(args=(line,))
         told.append(step)

@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.trace import Event
 
-__all__ = ("DIED", "Item", "Problem", "Step", "World")
+__all__ = ("DIED", "JUMPS", "LOADS", "Item", "Problem", "Step", "World")
+
+LOADS = ("kexec", "load_image")
+"""Steps with a successor's command line, image and release."""
+JUMPS = ("kexec", "jump")
+"""Steps into it."""
 
 
 class Step(NamedTuple):
