@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from benchmarks.harness import Context, Record, best_of, start_python
 from khosim import Machine
@@ -28,25 +29,20 @@ def handover(context: Context) -> Iterator[Record]:
     process that was started in between would leave the first one cold caches. Each machine is made
     anew and closed; the garbage collector is on, as users have it.
     """
-    yield context.ratio(
-        "handover.small",
-        lambda: _one_handover(_SMALL_RAM, _SMALL_CMDLINE, 16),
-        start_python,
-        baseline="python -c pass",
-        limit=0.3,
-        rounds=40,
-        in_a_row=10,
-        note="64 MiB, 16 folios, all invariants",
-    )
-    yield context.ratio(
-        "handover.region",
-        lambda: _one_handover(_SMALL_RAM, _REGION_CMDLINE, 16),
-        start_python,
-        baseline="python -c pass",
-        rounds=40,
-        in_a_row=10,
-        note="the same and a reserve_mem region",
-    )
+    for name, cmdline, limit, note in (
+        ("small", _SMALL_CMDLINE, 0.3, "64 MiB, 16 folios, all invariants"),
+        ("region", _REGION_CMDLINE, None, "the same and a reserve_mem region"),
+    ):
+        yield context.ratio(
+            f"handover.{name}",
+            partial(_one_handover, _SMALL_RAM, cmdline, 16),
+            start_python,
+            baseline="python -c pass",
+            limit=limit,
+            rounds=40,
+            in_a_row=10,
+            note=note,
+        )
     yield context.ratio(
         "handover.uma1g",
         lambda: _one_handover("1G", _GOLDEN_CMDLINE, 600),
