@@ -66,7 +66,7 @@ class Hosts:
         """Carry plans out as long as ``more`` gives a number of them, then shrink what spoke."""
         from khosim.explore.work import Task
 
-        results: dict[int, tuple[int, list[Spoken] | None]] = {}
+        results: dict[int, list[Spoken] | None] = {}
         sizes: dict[int, int] = {}
         for number, work in enumerate(self._batches(more)):
             while len(sizes) >= self.crew.width:
@@ -81,7 +81,7 @@ class Hosts:
             self.is_interrupted = stops()
         self.crew.close()
         for number in sorted(results):
-            self._take(results[number][1])
+            self._take(results[number])
         if not self.is_interrupted:
             self._shrink()
 
@@ -96,12 +96,12 @@ class Hosts:
     def _wait(
         self,
         sizes: dict[int, int],
-        results: dict[int, tuple[int, list[Spoken] | None]],
+        results: dict[int, list[Spoken] | None],
         show: Callable[[Hosts], None],
     ) -> None:
         for number, result in self.crew.wait(_LOOK_AGAIN):
             count = sizes.pop(number)
-            results[number] = count, result
+            results[number] = result
             if result is None:
                 self.lost += count
             else:

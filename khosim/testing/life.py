@@ -248,9 +248,7 @@ class Life:
     # -- helpers ---------------------------------------------------------------------------------
 
     def _carry_out(self, op: Operation, written: Written, fault: Fault | None) -> None:
-        self.use(written.functions)
-        for source in written.before:
-            self.carry(source)
+        self.begin(written)
         source = written.source
         if fault is not None:
             source = f"with {_WITH[fault.kind]}(kernel, {fault.n}):\n{indented(source)}"
@@ -268,6 +266,12 @@ class Life:
         self.lines.append(source)
         written.done()
         for source in written.after:
+            self.carry(source)
+
+    def begin(self, written: Written) -> None:
+        """What comes before the step itself."""
+        self.use(written.functions)
+        for source in written.before:
             self.carry(source)
 
     def carry(self, source: str, *, record: bool = True) -> None:

@@ -79,9 +79,7 @@ def damage(life: Life, written: Written, fault: Fault) -> None:
 
 def die(life: Life, written: Written, fault: Fault) -> None:
     """The task dies in the middle: what it was at is nobody's, all else has to be as it was."""
-    life.use(written.functions)
-    for source in written.before:
-        life.carry(source)
+    life.begin(written)
     body = f"with oops(kernel, {fault.n}):\n{indented(written.source)}"
     life.carry(f"with suppress(KernelError):\n{indented(body)}")
     life.has_died = True
@@ -109,9 +107,7 @@ def lose_memory(life: Life, written: Written, fault: Fault) -> bool:
         return False
     ranges = _ranges(life)
     start, end = ranges[(fault.n - 1) % len(ranges)]
-    life.use(written.functions)
-    for source in written.before:
-        life.carry(source)
+    life.begin(written)
     life.carry(f"less = lost_memory(machine.hardware, {start:#x}, {end:#x})")
     words = "".join(f", {word}" for word in written.options)
     jump = f"kernel = jump_with(kernel, less{words})"
