@@ -274,3 +274,23 @@ def test_a_unit_of_nobody_is_refused(value: str) -> None:
     """In one line."""
     with pytest.raises(InputError, match="iommu"):
         parse_scenario(f"[machine]\niommu = {value}\n[[generation]]\nsteps = []", "t")
+
+
+# -- both kinds of unit ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["cloud-host-devices", "cloud-host-amd"])
+def test_domains_have_ids_of_their_own(host: str) -> None:
+    """Devices of one guest share an id, those of different guests never do, also after a kexec.
+
+    Its successor knows the ids that are taken: the next new domain gets another.
+    """
+    running = Host(host)
+    for _ in range(2):
+        core = drivers_of(running.kernel).iommu_of()
+        assert [number for _, number in sorted(core.unit.contexts())] == [1, 1, 2, 3, 3]
+        assert core.unit.domain_ids == {1, 2, 3}
+        running.live_update()
+    unit = drivers_of(running.kernel).iommu_of().unit
+    assert [unit.alloc_domain_id(), unit.alloc_domain_id()] == [4, 5]
+    running.close()
