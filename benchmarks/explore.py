@@ -99,6 +99,6 @@ def _run(crew: Workers, chunks: int) -> None:
     given = done = 0
     while done < chunks:
         while given < min(chunks, done + crew.width):
-            crew.submit(given, Task("runs", (given * _RUNS, _RUNS, ())))
+            crew.submit(given, Task("runs", (given * _RUNS, _RUNS, (), ())))
             given += 1
         done += len(crew.wait(1))

@@ -144,8 +144,8 @@ def test_finished_work_is_not_done_again(
         campaign = Campaign("4", SCENARIO, "7.3", corpus=corpus)
         campaign.run(runs=RUNS + 2)
     assert [task.args for task in made if task.name == "runs"] == [
-        (RUNS, 1, ()),
-        (RUNS + 1, 1, ()),
+        (RUNS, 1, (), ()),
+        (RUNS + 1, 1, (), ()),
     ]
     assert campaign.explored == RUNS + 2
     with pytest.raises(InputError, match="holds 10 runs"):
@@ -277,7 +277,7 @@ def test_a_dead_worker_is_replaced() -> None:
     spec = Spec("subtrees", "7.3", "1")
     said: list[str] = []
     crew = Workers(spec, 1, said.append)
-    crew.submit(7, Task("runs", (0, 40, ())))
+    crew.submit(7, Task("runs", (0, 40, (), ())))
     results: list[tuple[int, Any]] = []
     while crew._workers[0].at is None:
         results += crew.wait(1)
@@ -285,7 +285,7 @@ def test_a_dead_worker_is_replaced() -> None:
     while not results:
         results += crew.wait(1)
     crew.close()
-    assert results == [(7, do(spec, Task("runs", (0, 40, ()))))]
+    assert results == [(7, do(spec, Task("runs", (0, 40, (), ()))))]
     assert len(said) == 1
     assert said[0].startswith("a worker was killed (SIGKILL) at run 1:")
 

@@ -107,14 +107,14 @@ def test_a_deadly_run_is_left_out(dask: type[Client]) -> None:
     dask.deadly = (2,)
     said: list[str] = []
     crew = Cluster(SPEC, "tcp://elsewhere", said.append)
-    crew.submit(7, Task("runs", (0, 4, ())))
+    crew.submit(7, Task("runs", (0, 4, (), ())))
     done: list[tuple[int, Any]] = []
     while not done:
         done = crew.wait(1)
     [(number, runs)] = done
     assert number == 7
     assert isinstance(runs, Runs)
-    whole = do(SPEC, Task("runs", (0, 4, (2,))))
+    whole = do(SPEC, Task("runs", (0, 4, (2,), ())))
     assert runs.suspects == whole.suspects
     assert runs.reached == whole.reached
     assert runs.lost == (2,)
@@ -129,7 +129,7 @@ def test_another_version_is_refused(
 ) -> None:
     """A worker whose khosim is not the campaign's does nothing."""
     crew = Cluster(SPEC, "tcp://elsewhere", lambda line: None)
-    crew.submit(0, Task("runs", (0, 1, ())))
+    crew.submit(0, Task("runs", (0, 1, (), ())))
     monkeypatch.setattr("khosim.explore.cluster.fingerprint", lambda: "another")
     with pytest.raises(InputError, match="another version of khosim"):
         crew.wait(1)

@@ -189,12 +189,12 @@ def test_a_site_says_where_it_is() -> None:
 def test_pieces_of_a_search_make_the_whole() -> None:
     """Runs reach the same in pieces as in a row, and after whatever else ran in the process."""
     spec = Spec("memfd", "7.3", "5", watches=True)
-    whole = do(spec, Task("runs", (0, 6, ()))).covered
-    last = do(spec, Task("runs", (3, 3, ()))).covered
-    first = do(spec, Task("runs", (0, 3, ()))).covered
+    whole = do(spec, Task("runs", (0, 6, (), ()))).covered
+    last = do(spec, Task("runs", (3, 3, (), ()))).covered
+    first = do(spec, Task("runs", (0, 3, (), ()))).covered
     assert first | last == whole
     assert whole not in (first, last)
-    assert do(spec._replace(watches=False), Task("runs", (0, 1, ()))).covered == Reached()
+    assert do(spec._replace(watches=False), Task("runs", (0, 1, (), ()))).covered == Reached()
 
 
 @pytest.mark.slow  # every module of the kernel is gone through
@@ -226,7 +226,7 @@ def test_every_program_is_watched() -> None:
 def test_what_explains_a_program_is_not_watched() -> None:
     """A suspect is carried out again on kernels with fixes, which reaches nothing of this one's."""
     spec = Spec("reserve-mem", "7.3", "0", watches=True)
-    runs = do(spec, Task("runs", (0, 3, ())))
+    runs = do(spec, Task("runs", (0, 3, (), ())))
     assert any(suspect.explained for suspect in runs.suspects)
     with watching() as watch:
         run_unit("0", "reserve-mem", "7.3", 0, 3)

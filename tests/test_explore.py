@@ -17,7 +17,7 @@ from khosim.explore.campaign import Campaign, run_unit, tags
 from khosim.explore.codec import decode_steps, encode_steps
 from khosim.explore.exhaust import digest, exhaust, expand, keep_of, kinds_of
 from khosim.explore.hazards import fixed
-from khosim.explore.kit import Stage, audit, preserve_many, restore_many
+from khosim.explore.kit import Stage, audit, flipped, preserve_many, restore_many
 from khosim.explore.program import tell
 from khosim.explore.search import KINDS, SCENARIOS, random_run, replay
 from khosim.explore.shrink import cause_of, shrink
@@ -220,6 +220,15 @@ def test_a_leak_is_no_secret() -> None:
     assert world is not None
     world.items.clear()
     assert [p.invariant for p in world.judge(drained=True)] == ["all-given-back"]
+
+
+def test_an_audit_survives_pages_beyond_ram() -> None:
+    """A bit of the tree flips, and a page that there is not waits to be restored: it is told."""
+    machine = Stage("64M")
+    kernel = machine.boot(cmdline="kho=on")
+    machine.next_boot(flipped("table", 32767))
+    kernel.kexec()
+    assert any("0x7fff000" in v.message for v in audit(machine, drained=True))
 
 
 def test_tags_tell_causes_apart() -> None:

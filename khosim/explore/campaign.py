@@ -9,6 +9,7 @@ corpus (:mod:`khosim.explore.corpus`) each finished piece is written down, and n
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from khosim.errors import InputError
@@ -34,6 +35,8 @@ __all__ = ("CHUNK", "Campaign", "Suspect", "run_unit", "tags")
 
 CHUNK = DRAWN_TOGETHER
 """Runs in one piece of work."""
+_ROUND = 10 * CHUNK
+"""Runs until a campaign looks at what it found; the next time after as many as it has made."""
 _PROGRAMS = 4
 """Programs to go on from in one piece of an exhaustive search."""
 _LOOK_AGAIN = 0.5
@@ -70,6 +73,9 @@ class Campaign:
         self.keeper = Keeper(release)
         self._chunks: dict[int, tuple[int, Runs]] = {}
         self._next = 0
+        self._round_end = _ROUND
+        self._off: tuple[str, ...] = ()
+        """Known hazards that it has found, which are off in the runs of this round."""
         self._children: dict[tuple[int, int], Any] = {}
         self._programs: dict[str, Told] = {}
         if corpus is not None:
@@ -91,12 +97,16 @@ class Campaign:
         """Go on until ``runs`` were made or the time is up."""
         end = None if seconds is None else time.monotonic() + seconds
         chunks = self._missing(runs, set(self._runs()))
+        ahead: list[tuple[int, int]] = []
 
         def more() -> tuple[Any, Task] | None:
             if end is not None and time.monotonic() >= end:
                 return None
-            chunk = next(chunks, None)
-            return None if chunk is None else (chunk, Task("runs", (*chunk, ())))
+            ahead.extend(islice(chunks, 1 - len(ahead)))
+            if not ahead or ahead[0][0] >= self._round_end:
+                return None
+            chunk = ahead.pop()
+            return chunk, Task("runs", (*chunk, (), self._off))
 
         held = max(self._runs(), default=-1) + 1
         if runs is not None and held > runs:
@@ -115,8 +125,10 @@ class Campaign:
     def _missing(self, runs: int | None, done: set[int]) -> Iterator[tuple[int, int]]:
         # (first, count) of what was not done yet.
         first = 0
+        round_end = _ROUND
         while runs is None or first < runs:
-            end = first - first % CHUNK + CHUNK
+            round_end *= 2 if first == round_end else 1
+            end = min(first - first % CHUNK + CHUNK, round_end)
             end = end if runs is None else min(end, runs)
             count = 0
             while first + count < end and first + count not in done:
@@ -133,10 +145,16 @@ class Campaign:
         self._merge()
 
     def _merge(self) -> None:
-        while self._next in self._chunks:
-            count, result = self._chunks.pop(self._next)
-            self._next += count
-            self._take(count, result)
+        # What a round's runs are made with, all of the rounds before have to do with.
+        while True:
+            while self._next < self._round_end and self._next in self._chunks:
+                count, result = self._chunks.pop(self._next)
+                self._next += count
+                self._take(count, result)
+            if self._next < self._round_end or not self.keeper.is_settled:
+                return
+            self._off = self.keeper.known
+            self._round_end *= 2
 
     def _take(self, count: int, result: Runs) -> None:
         self.explored += count - len(result.lost) - result.given_up
@@ -233,12 +251,13 @@ class Campaign:
         if wanted is None:
             return None
         asked, suspect = wanted
-        return asked, Task("shrink", (suspect.steps, asked.cause))
+        return asked, Task("shrink", (suspect, asked.cause))
 
     def _shrunk(self, asked: Asked, answer: Any) -> None:
         if self.corpus is not None:
             self.corpus.done(record.of_answer(asked, answer, self.spec.release))
         self.keeper.answer(asked, answer)
+        self._merge()
         self._write()
 
     def _recall(self, corpus: Corpus) -> None:

@@ -91,13 +91,13 @@ class Cluster:
         if task.name != "runs":
             self._say("workers died while they shrank a program; it stays as it is")
             return [(number, None)]
-        first, count, _ = task.args
+        first, count, _, off = task.args
         if count == 1:
             self._say(f"workers died at run {self._spec.seed}:{first}; that run is left out")
             return self._taken(number, task, Runs([], set(), (first,)))
         self._parts[number], self._counts[number] = [], count
         for n in range(first, first + count):
-            self.submit(number, Task("runs", (n, 1, ())))
+            self.submit(number, Task("runs", (n, 1, (), off)))
         return []
 
     def _taken(self, number: int, task: Task, result: Any) -> list[tuple[int, Any]]:

@@ -155,8 +155,8 @@ class Workers:
             raise KhoSimError(f"workers end before they begin to work: one {how}")
         elif task.name == "runs":
             self._say(f"a worker {how} {where} again; that run is left out")
-            first, count, skip = task.args
-            self._give(new, dead.number, Task("runs", (first, count, (*skip, dead.at))))
+            first, count, skip, off = task.args
+            self._give(new, dead.number, Task("runs", (first, count, (*skip, dead.at), off)))
         else:
             self._say(f"a worker {how} {where} again; that program stays as it is")
             return [(dead.number, None)]

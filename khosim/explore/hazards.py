@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from khosim.kernel.behaviours import Release
 from khosim.kernel.release import RELEASES, find_release
 
-__all__ = ("EARLIER", "SWITCHES", "fixed", "hazard_of", "known_in", "told")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = (
+    "EARLIER",
+    "SWITCHES",
+    "fixed",
+    "hazard_of",
+    "known_in",
+    "like",
+    "silenced",
+    "told",
+)
 
 SWITCHES: dict[str, bool] = {
     field.name: True for field in dataclasses.fields(Release) if field.name.startswith("fix_")
@@ -31,6 +44,21 @@ def fixed(release: str | Release) -> Release:
     """``release`` with every known hazard switched off."""
     found = find_release(release)
     return found.evolve(name=f"{found.name} fixed", **dict.fromkeys(known_in(found), True))
+
+
+def silenced(release: str | Release, names: Sequence[str]) -> str | Release:
+    """``release`` with the known hazards of these switches off."""
+    if not names:
+        return release
+    if isinstance(release, str):
+        return "+".join((release, *(f"{name}=on" for name in names)))
+    return release.evolve(name=f"{release.name} and", **dict.fromkeys(names, True))
+
+
+def like(release: str | Release, base: str) -> str:
+    """The release ``base`` with the fixes that ``release`` has: what it takes for a successor."""
+    found = find_release(release)
+    return "+".join((base, *(f"{name}=on" for name in SWITCHES if getattr(found, name))))
 
 
 @lru_cache(maxsize=8)

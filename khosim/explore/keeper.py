@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from khosim.explore.hazards import EARLIER, SWITCHES
 from khosim.explore.shrink import Finding
 from khosim.explore.world import LOADS, Problem, Step
 
@@ -111,6 +112,17 @@ class Keeper:
     def waits(self) -> int:
         """How many suspects nobody has looked into yet."""
         return sum(len(queue.waiting) for queue in self._queues.values())
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was taken is looked into."""
+        return not self._places
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The switches of the hazards that were found."""
+        told = {name for key, queue in self._queues.items() if queue.known for name in key}
+        return tuple(name for name in (*SWITCHES, *EARLIER) if name in told)
 
     def answer(self, asked: Asked, answer: Answer) -> None:
         """What shrinking came to."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from khosim.explore.hazards import told
+from khosim.explore.hazards import like, told
 from khosim.explore.kinds import Args, Kind
 from khosim.units import memparse
 
@@ -164,8 +164,9 @@ def image_options(world: World) -> list[str]:
     # Another image, initrd, release; what the release of a fixed protocol is called has no name.
     found = ['kernel_size="8M"', 'initrd="4M"', 'initrd="32M"']
     if isinstance(world.release, str):
-        others = [name for name in ("7.3", "7.2", "7.1") if name != world.kernel.release.name]
-        found += [f'release="{name}"' for name in others]
+        now = world.kernel.release.name.partition("+")[0]
+        others = [name for name in ("7.3", "7.2", "7.1") if name != now]
+        found += [f'release="{like(world.release, name)}"' for name in others]
     elif world.release.name.startswith("7.3"):
         found.append("release=fixed('7.2')")
     return found

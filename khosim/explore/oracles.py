@@ -256,8 +256,9 @@ def _given_back(
 
 
 def _written(hardware: Hardware, text: str, generation: int, phys: int) -> Violation:
-    # Nobody owns the page; who wrote it tells what it was for.
-    by = hardware.ram.last_writer(phys) or (-1, "")
+    # Nobody owns the page; who wrote it tells what it was for. A torn tree has pages beyond RAM.
+    ram = hardware.ram
+    by = (ram.last_writer(phys) if phys < ram.size_bytes else None) or (-1, "")
     return Violation("all-given-back", text, generation, phys, "", by[1], by[0])
 
 

@@ -17,7 +17,7 @@ from khosim.explore.codec import (
 )
 from khosim.explore.corpus import finding_id
 from khosim.explore.exhaust import Child
-from khosim.explore.hazards import hazard_of
+from khosim.explore.hazards import EARLIER, SWITCHES, hazard_of
 from khosim.explore.keeper import Asked
 from khosim.explore.work import Runs, Suspect
 
@@ -50,6 +50,7 @@ def of_runs(first: int, count: int, runs: Runs, release: str | Release) -> Line:
             int(s.seed.rpartition(":")[2]),
             [[*cause, *switches] for cause, switches in s.told],
             encode_steps(s.steps, release),
+            *([list(s.off)] if s.off else []),
         ]
         for s in runs.suspects
     ]
@@ -70,16 +71,16 @@ def to_runs(line: Line, spec: Spec, place: str) -> tuple[int, int, Runs]:
         raise InputError(place, "not what a campaign has written")
     found = []
     for suspect in suspects:
-        if not isinstance(suspect, list) or len(suspect) != 3 or not isinstance(suspect[1], list):
+        if not _is_suspect(suspect):
             raise InputError(place, "not what a campaign has written")
-        number, causes, steps = suspect
+        number, causes, steps, *off = suspect
         if not all(_are_texts(cause) and len(cause) > 1 for cause in causes):
             raise InputError(place, "not what a campaign has written")
         told = tuple((cause[0], cause[1]) for cause in causes)
         switches = tuple(tuple(cause[2:]) for cause in causes)
         program = tuple(decode_steps(steps, spec.release, place))
         name = f"{spec.seed}:{_numbers([number], 1, place)[0]}"
-        found.append(Suspect(name, program, told, switches))
+        found.append(Suspect(name, program, told, switches, *map(tuple, off)))
     (given_up,) = _numbers([line.get("given_up", 0)], 1, place)
     if not isinstance(lost, list):
         raise InputError(place, "not what a campaign has written")
@@ -175,6 +176,15 @@ def to_finding(line: Line, place: str) -> tuple[str | Release, list[Step], Probl
     if steps[0].kind != "boot":
         raise InputError(place, "its program does not begin with a boot")
     return release, steps, decode_problem(line.get("problem"), place)
+
+
+def _is_suspect(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) in (3, 4)
+        and isinstance(value[1], list)
+        and all(_are_texts(off) and {*off} <= {*SWITCHES, *EARLIER} for off in value[3:])
+    )
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:

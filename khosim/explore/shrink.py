@@ -6,11 +6,10 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from khosim.explore.hazards import SWITCHES
+from khosim.explore.hazards import like, silenced
 from khosim.explore.limits import BY_THE_CLOCK, alarm
 from khosim.explore.search import KINDS, replay
 from khosim.explore.world import LOADS, Step
-from khosim.kernel.release import find_release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,8 @@ __all__ = ("Finding", "cause_of", "on_release", "shape", "shrink", "speaks")
 _NUMBERS = re.compile(r"0x[0-9a-f]+|(?<=pfn:)[0-9a-f]+|\b\d+\b|\b[a-z]\d+(?=_|\b)")
 _QUOTED = re.compile(r"'[^']*'")
 _EVALUATIONS_MAX = 150
+_OTHER = 'release="'
+"""Begins what a step says of a successor of another release."""
 _SMALL = "reserve_mem=4096:4096:"
 """The simplest region: a page."""
 
@@ -72,12 +73,12 @@ def on_release(steps: Sequence[Step], release: str | Release) -> list[Step]:
     Successors that are of a release of their own get the switches that ``release`` has.
     """
     boot = steps[0]
-    on = [name for name in SWITCHES if getattr(find_release(release), name)]
-    ending = "".join(f"+{name}=on" for name in on) + '"'
     told = [boot._replace(args=(*boot.args[:2], release, *boot.args[3:]))]
     for step in steps[1:]:
-        if on and step.kind in LOADS and step.args[-1].startswith('release="'):
-            step = step._replace(args=(*step.args[:-1], step.args[-1][:-1] + ending))
+        option = step.args[-1] if step.kind in LOADS else ""
+        if option.startswith(_OTHER):
+            base = option.removeprefix(_OTHER).rstrip('"').partition("+")[0]
+            step = step._replace(args=(*step.args[:-1], f'{_OTHER}{like(release, base)}"'))
         told.append(step)
     return told
 
@@ -98,12 +99,23 @@ def shrink(
     cause: tuple[str, str],
     release: str | Release,
     *,
+    off: Sequence[str] = (),
     tick: Callable[[int], None] = lambda number: None,
 ) -> tuple[list[Step], Problem] | None:
     """The shortest lawful part of a program in which ``cause`` speaks, with simple arguments.
 
     None where the program as it stands does not show it again. ``tick`` is called before each try.
+    Programs are tried with the known hazards of the switches in ``off`` switched off; what comes
+    out of that has to speak with them on as well, and is None otherwise.
     """
+    if off:
+        without = silenced(release, off)
+        found = shrink(on_release(steps, without), cause, without, tick=tick)
+        if found is None:
+            return None
+        steps = on_release(found[0], release)
+        best = speaks(steps, cause, release)
+        return None if best is None else (steps, best)
     budget = [_EVALUATIONS_MAX]
 
     def shows(some: list[Step]) -> Problem | None:

@@ -13,20 +13,23 @@ from khosim.explore.causes import explanations, silencers
 from khosim.explore.coverage import Reached, watching
 from khosim.explore.engine import drawn_by_hypothesis
 from khosim.explore.exhaust import expand, keep_of, kinds_of
+from khosim.explore.hazards import silenced
 from khosim.explore.limits import alarm
 from khosim.explore.search import random_run
-from khosim.explore.shrink import cause_of, shrink
+from khosim.explore.shrink import cause_of, on_release, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from random import Random
 
     from khosim.explore.exhaust import Child
-    from khosim.explore.world import Step
+    from khosim.explore.world import Problem, Step
     from khosim.kernel.behaviours import Release
 
 __all__ = ("Cause", "Runs", "Spec", "Suspect", "Task", "do", "run_unit")
 
+_WHOLE = 16
+"""One run in so many is made with all hazards of its release."""
 Cause = tuple[str, str]
 """An invariant, and the shape of its words."""
 
@@ -51,6 +54,8 @@ class Suspect(NamedTuple):
     causes: tuple[Cause, ...]
     explained: tuple[tuple[str, ...], ...] = ()
     """For each of the causes the switches that together make it silent, if any do."""
+    off: tuple[str, ...] = ()
+    """Known hazards that were switched off as it spoke."""
 
     @property
     def told(self) -> Iterator[tuple[Cause, tuple[str, ...]]]:
@@ -101,21 +106,28 @@ def run_unit(
     skip: Sequence[int] = (),
     tick: Callable[[int], None] = _no_tick,
     engine: str = "plain",
+    off: tuple[str, ...] = (),
 ) -> Runs:
-    """Make ``count`` runs from number ``first`` on, but for those to ``skip``."""
+    """Make ``count`` runs from number ``first`` on, but for those to ``skip``.
+
+    Known hazards by the switches in ``off`` are off in them, but for one run in sixteen.
+    """
     suspects: list[Suspect] = []
+    without = silenced(release, off)
     reached: set[str] = set()
 
     def run(n: int, random: Random | None = None) -> None:
         tick(n)
         name = f"{seed}:{n}"
+        is_whole = n % _WHOLE == 0
         with alarm():
-            world = random_run(name, scenario, release, random)
+            world = random_run(name, scenario, release if is_whole else without, random)
         causes = tuple(dict.fromkeys(cause_of(problem) for problem in world.problems))
         if n >= first:
             reached.update(step.kind for step in world.steps)
             if causes:
-                suspects.append(Suspect(name, tuple(world.steps), causes))
+                steps = tuple(on_release(world.steps, release))
+                suspects.append(Suspect(name, steps, causes, off=() if is_whole else off))
         world.close()
 
     made = count
@@ -133,27 +145,35 @@ def _explained(
 ) -> Suspect:
     # Nobody watches: these programs are carried out on kernels that nobody has.
     tick(int(suspect.seed.rpartition(":")[2]))
-    return suspect._replace(explained=explanations(suspect.steps, suspect.causes, release))
+    without = silenced(release, suspect.off)
+    return suspect._replace(explained=explanations(suspect.steps, suspect.causes, without))
+
+
+def _shrunk(
+    suspect: Suspect, cause: Cause, release: str | Release, tick: Callable[[int], None]
+) -> tuple[list[Step], Problem, tuple[str, ...]] | None:
+    # What was found with known hazards off has to speak with them as well.
+    found = shrink(list(suspect.steps), cause, release, off=suspect.off, tick=tick)
+    if found is None and suspect.off:
+        found = shrink(list(suspect.steps), cause, release, tick=tick)
+    return None if found is None else (*found, silencers(found[0], cause, release, tick))
 
 
 def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
     """Carry a piece of work out."""
     if task.name == "runs":
-        first, count, skip = task.args
+        first, count, skip, off = task.args
         with watching(on=spec.watches) as watch:
             runs = run_unit(
-                spec.seed, spec.scenario, spec.release, first, count, skip, tick, spec.engine
+                *(spec.seed, spec.scenario, spec.release, first, count, skip),
+                *(tick, spec.engine, off),
             )
         return runs._replace(
             covered=watch.reached,
             suspects=[_explained(suspect, spec.release, tick) for suspect in runs.suspects],
         )
     if task.name == "shrink":
-        steps, cause = task.args
-        shrunk = shrink(list(steps), cause, spec.release, tick=tick)
-        if shrunk is None:
-            return None
-        return (*shrunk, silencers(shrunk[0], cause, spec.release, tick))
+        return _shrunk(*task.args, spec.release, tick)
     if task.name == "interleave":
         return interleave.carry_out(task.args[0], tick)
     assert task.name == "expand"
