@@ -27,8 +27,8 @@ from khosim.explore.crew import Workers
 from khosim.explore.hazards import SWITCHES, fixed, hazard_of
 from khosim.explore.keeper import Keeper, together
 from khosim.explore.limits import NoEnd, alarm
-from khosim.explore.search import KINDS, replay
-from khosim.explore.shrink import Finding, cause_of
+from khosim.explore.search import KINDS, problems_of, replay
+from khosim.explore.shrink import Finding, cause_of, on_release, shrink
 from khosim.explore.work import Spec, Suspect, Task, do, run_unit
 from khosim.explore.world import Problem, Step, World
 
@@ -46,11 +46,17 @@ def do_once(spec: Spec, task: Task) -> Any:
     return deepcopy(_known[name])
 
 
+def _small(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("khosim.explore.campaign.CHUNK", 3)
+    patch.setattr("khosim.explore.campaign._ROUND", 3)
+    patch.setattr("khosim.explore.work._WHOLE", 5)
+    patch.setattr("khosim.explore.crew.do", do_once)
+
+
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of work of three runs, so that a few runs are many pieces."""
-    monkeypatch.setattr("khosim.explore.campaign.CHUNK", 3)
-    monkeypatch.setattr("khosim.explore.crew.do", do_once)
+    """Pieces and rounds of three runs, so that a few runs are many pieces."""
+    _small(monkeypatch)
 
 
 class Backwards:
@@ -96,8 +102,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, 
     """A campaign that went through at one go: what it told, and its corpus."""
     path = tmp_path_factory.mktemp("whole") / "corpus"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("khosim.explore.campaign.CHUNK", 3)
-        patch.setattr("khosim.explore.crew.do", do_once)
+        _small(patch)
         yield _campaign(path), path
 
 
@@ -143,13 +148,68 @@ def test_finished_work_is_not_done_again(
     with _corpus(tmp_path) as corpus:
         campaign = Campaign("4", SCENARIO, "7.3", corpus=corpus)
         campaign.run(runs=RUNS + 2)
-    assert [task.args for task in made if task.name == "runs"] == [
-        (RUNS, 1, (), ()),
-        (RUNS + 1, 1, (), ()),
+    assert [task.args[:3] for task in made if task.name == "runs"] == [
+        (RUNS, 1, ()),
+        (RUNS + 1, 1, ()),
     ]
     assert campaign.explored == RUNS + 2
     with pytest.raises(InputError, match="holds 10 runs"):
         _campaign(tmp_path)
+
+
+def test_what_was_found_is_off_from_then_on(
+    whole: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round's runs are made without the hazards that were found before it, and no others."""
+    made: list[Task] = []
+
+    def note(spec: Spec, task: Task) -> Any:
+        made.append(task)
+        return do_once(spec, task)
+
+    monkeypatch.setattr("khosim.explore.crew.do", note)
+    campaign = Campaign("4", SCENARIO, "7.3")
+    campaign.run(runs=RUNS)
+    off = {first: off for first, _, _, off in (t.args for t in made if t.name == "runs")}
+    assert list(off) == [0, 3, 6]
+    for first, names in off.items():
+        before = Campaign("4", SCENARIO, "7.3")
+        before.run(runs=first or 1)
+        found = {name for hazards in before.findings for name in hazards.switches}
+        assert first == 0 or found <= set(names)
+    assert off[0] == ()
+    assert 1 < len(off[3]) < len(off[6])
+    for finding in campaign.findings:
+        world = replay(finding.steps, "7.3")
+        assert cause_of(finding.problem) in map(cause_of, problems_of(world))
+
+
+def test_a_run_is_made_with_some_hazards_off() -> None:
+    """It is silent about them, but for each fifth here; its program is one of the release."""
+    off = tuple(SWITCHES)
+    numbers = [one.seed for one in run_unit("4", SCENARIO, "7.3", 5, 5).suspects]
+    assert numbers == ["4:5", "4:6", "4:7", "4:8"]
+    runs = run_unit("4", SCENARIO, "7.3", 5, 5, off=off)
+    assert [(one.seed, one.off) for one in runs.suspects] == [("4:5", ())]
+    found = run_unit("4", SCENARIO, "7.3", 0, 12, off=off[:1]).suspects
+    assert [one for one in found if one.off == off[:1]]
+    assert all(one.steps[0].args[2] == "7.3" for one in found)
+    assert not any("fix_" in repr(one.steps) for one in found)
+
+
+def test_what_speaks_with_hazards_off_speaks_with_them_on_as_well() -> None:
+    """Otherwise it is none of the release's."""
+    kinds = ("alloc_pages", "preserve_pages", "restore_pages", "free_pages")
+    steps = [BOOT, *(Step(kind, ("p1", 1024)) for kind in kinds)]
+    steps.insert(3, Step("kexec", ("kho=on liveupdate=on",)))
+    cause = ("kernel-warned", "BUG: Bad page state pfn:#: freeing a allocated page")
+    bug = "restore_pages_compound"
+    assert shrink(steps, cause, "7.3", off=[bug]) is None
+    release = f"7.3+{bug}=on"
+    steps = on_release(steps, release)
+    alone = shrink(steps, cause, release)
+    assert alone is not None
+    assert shrink(steps, cause, release, off=["fix_luo_off"]) == alone
 
 
 def test_an_interruption_keeps_what_was_found(
@@ -184,6 +244,11 @@ def test_an_exhaustive_search_resumes_too(tmp_path: Path) -> None:
     assert journals[0] == journals[1]
 
 
+def _with_off(off: bytes) -> bytes:
+    steps = b'[["boot",["x","y"]]]'
+    return b'{"runs":[0,3],"suspects":[[0,[["a","b"]],%s,%s]],"reached":[]}\n' % (steps, off)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
@@ -195,6 +260,9 @@ def test_an_exhaustive_search_resumes_too(tmp_path: Path) -> None:
         ("journal.jsonl", b"[" * 99999 + b"\n", "line 1: it is torn"),
         ("journal.jsonl", b'{"runs":[0,-3],"suspects":[],"reached":[]}\n', "line 1: not what"),
         ("journal.jsonl", b'{"runs":[0,3],"suspects":[7],"reached":[]}\n', "line 1: not what"),
+        ("journal.jsonl", _with_off(b'["fix_luo_off"]'), "line 1: step 0: it boots no machine"),
+        ("journal.jsonl", _with_off(b'["page_magic"]'), "line 1: not what"),
+        ("journal.jsonl", _with_off(b"7"), "line 1: not what"),
         ("journal.jsonl", b'{"shrunk":["4:0","x","y"],"steps":[]}\n', "line 1"),
         ("journal.jsonl", b'{"expand":[0,0],"children":[[[1]]]}\n', "line 1: not what"),
         ("journal.jsonl", b"{}\n", "line 1: not what"),

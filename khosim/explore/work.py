@@ -173,7 +173,8 @@ def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
             suspects=[_explained(suspect, spec.release, tick) for suspect in runs.suspects],
         )
     if task.name == "shrink":
-        return _shrunk(*task.args, spec.release, tick)
+        suspect, cause = task.args
+        return _shrunk(suspect, cause, spec.release, tick)
     if task.name == "interleave":
         return interleave.carry_out(task.args[0], tick)
     assert task.name == "expand"
