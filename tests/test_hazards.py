@@ -29,6 +29,8 @@ REFUSED = {
     "fix_preserve_in_scratch": "KernelError: kho_preserve_folio: -EINVAL",
     "fix_preserve_fault": "KernelError: copy_to_user: -EFAULT",
     "fix_flb_late": "KernelError: liveupdate_register_flb: -EBUSY",
+    "fix_ioctl_number": "KernelError: luo_ioctl: -ENOTTY",
+    "fix_memfd_holes": "KernelError: memfd_pin_folios: -ENOMEM",
 }
 """What a release with the switch says instead, where the program cannot go on."""
 FACTS = re.compile(r"In ([\d., and]+)\. Switch: `([\w=+]+)`\. Speaks: `([\w-]+)`")

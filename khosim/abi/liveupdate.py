@@ -30,6 +30,7 @@ __all__ = (
     "finish",
     "get_name",
     "ioc_nr",
+    "liveupdate_io",
     "preserve_fd",
     "retrieve_fd",
     "retrieve_session",
@@ -42,7 +43,8 @@ LIVEUPDATE_CMD_BASE = 0x00
 LIVEUPDATE_CMD_SESSION_BASE = 0x40
 
 
-def _io(number: int) -> int:
+def liveupdate_io(number: int) -> int:
+    """``_IO``: the command of a number within ``LIVEUPDATE_IOCTL_TYPE``."""
     return LIVEUPDATE_IOCTL_TYPE << 8 | number
 
 
@@ -52,13 +54,13 @@ def ioc_nr(cmd: int) -> int:
 
 
 # On /dev/liveupdate
-LIVEUPDATE_IOCTL_CREATE_SESSION = _io(0x00)
-LIVEUPDATE_IOCTL_RETRIEVE_SESSION = _io(0x01)
+LIVEUPDATE_IOCTL_CREATE_SESSION = liveupdate_io(0x00)
+LIVEUPDATE_IOCTL_RETRIEVE_SESSION = liveupdate_io(0x01)
 # On a session
-LIVEUPDATE_SESSION_PRESERVE_FD = _io(0x40)
-LIVEUPDATE_SESSION_RETRIEVE_FD = _io(0x41)
-LIVEUPDATE_SESSION_FINISH = _io(0x42)
-LIVEUPDATE_SESSION_GET_NAME = _io(0x43)
+LIVEUPDATE_SESSION_PRESERVE_FD = liveupdate_io(0x40)
+LIVEUPDATE_SESSION_RETRIEVE_FD = liveupdate_io(0x41)
+LIVEUPDATE_SESSION_FINISH = liveupdate_io(0x42)
+LIVEUPDATE_SESSION_GET_NAME = liveupdate_io(0x43)
 
 CREATE_SESSION = struct.Struct("<Ii64s")
 """u32 size, s32 fd (out), name."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from khosim.explore.kinds import Kind
 from khosim.explore.kinds_agent import KINDS as AGENT
 from khosim.explore.kinds_boot import KINDS as BOOT
+from khosim.explore.kinds_calls import KINDS as CALLS
 from khosim.explore.kinds_faults import KINDS as FAULTS
 from khosim.explore.kinds_flb import KINDS as FLB
 from khosim.explore.kinds_luo import KINDS as LUO
@@ -19,7 +20,7 @@ from khosim.explore.kinds_vmalloc import KINDS as VMALLOC
 
 __all__ = ("GIVES_BACK", "GROUPS", "KINDS", "SCENARIOS")
 
-_ALL = (*BOOT, *MEMORY, *VMALLOC, *LUO, *MEMFD, *FLB, *AGENT, *FAULTS)
+_ALL = (*BOOT, *MEMORY, *VMALLOC, *LUO, *MEMFD, *FLB, *AGENT, *CALLS, *FAULTS)
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 GROUPS: tuple[str, ...] = tuple(sorted({kind.group for kind in KINDS.values() if kind.group}))
 

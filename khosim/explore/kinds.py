@@ -47,13 +47,15 @@ class Kind:
     refused: Callable[[World, Args], None] | None = None
     letter: str = ""
     errnos: frozenset[str] = field(default_factory=frozenset)
-    weight: int = 4
+    weight: float = 4
     can_fail: bool = True
     """It asks for memory, which a fault may refuse."""
     asks: int | Callable[[World, Args], int] = 4
     """How often it asks for memory, or nearly so."""
     locks: bool = False
     """It goes on with sessions locked against a kexec, which a task that dies there leaves so."""
+    goes_on: bool = False
+    """A promise that it breaks is told of; whoever knows may go on as if it had been kept."""
     opens: bool = False
     """It opens the device: -EIO only where a task was refused memory, or a handler is not there."""
     takes_any: bool = False

@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from khosim.abi import liveupdate as uapi
 from khosim.errors import KernelError
+from khosim.explore.agent_calls import (
+    ask_device,
+    ask_session,
+    call_off,
+    finish_badly,
+    preserve_sparse,
+)
 from khosim.explore.expectations import is_expected_writer
 from khosim.explore.hazards import fixed
 from khosim.explore.oracles import Baseline, oracles
@@ -52,9 +59,13 @@ __all__ = (
     "TaskDied",
     "Token",
     "TokenHandler",
+    "ask_device",
+    "ask_session",
     "audit",
+    "call_off",
     "failing",
     "failing_boot",
+    "finish_badly",
     "fixed",
     "flipped",
     "kill",
@@ -66,6 +77,7 @@ __all__ = (
     "places",
     "preserve_badly",
     "preserve_many",
+    "preserve_sparse",
     "read_debugfs",
     "regained_memory",
     "restore_many",

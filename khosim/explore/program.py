@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from khosim.explore.kinds import is_lawful
 from khosim.explore.kit import PROGRAM
 from khosim.explore.search import KINDS, is_drained
-from khosim.explore.world import DIED, World
+from khosim.explore.world import BROKEN, DIED, World
 from khosim.program_text import imports_of, indented, script
 
 if TYPE_CHECKING:
@@ -53,26 +53,26 @@ def tell(steps: Sequence[Step], problem: Problem, release: str | Release) -> Tol
             break
     drained = not world.is_over and is_drained(world)
     lines: list[str] = []
-    for source, step, errno in blocks:
-        lines += _block(source, step, errno, problem)
+    for at, (source, step, errno) in enumerate(blocks):
+        told = "errno-as-documented" if errno != BROKEN else "promise-kept" * (at == problem.at)
+        lines += _block(source, step, "" if errno == DIED or told == problem.invariant else errno)
     if problem.invariant not in ("promise-kept", "kernel-panic", "errno-as-documented"):
         arguments = "machine, drained=True" if drained else "machine"
         lines.append(f'print(*audit({arguments}), sep="\\n")')
     return Told(_whole(lines), _trace(world.events, problem))
 
 
-def _block(source: str, step: Step, errno: str, problem: Problem) -> list[str]:
+def _block(source: str, step: Step, errno: str) -> list[str]:
     wrap = []
     if step.fault:
         wrap.append(step.wrapper)
-    errno = "" if errno == DIED else errno
-    if errno and problem.invariant != "errno-as-documented":
+    if errno:
         wrap.append("suppress(KernelError, AssertionError)")
     lines = source.splitlines()
     if not wrap:
         return lines
     imports = [line for line in lines if line.startswith("from ")]
-    said = f"  # -{errno}" if errno else ""
+    said = "" if not errno else f"  # {errno}" if errno == BROKEN else f"  # -{errno}"
     body = indented("\n".join(line for line in lines if not line.startswith("from ")))
     return [*imports, f"with {', '.join(wrap)}:{said}", *body.splitlines()]
 

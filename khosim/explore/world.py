@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
     from khosim.kernel.trace import Event
 
-__all__ = ("DIED", "JUMPS", "LOADS", "Item", "Problem", "Step", "World")
+__all__ = ("BROKEN", "DIED", "JUMPS", "LOADS", "Item", "Problem", "Step", "World")
 
 LOADS = ("kexec", "load_image")
 """Steps with a successor's command line, image and release."""
@@ -99,6 +99,8 @@ def _failed_line(failed: AssertionError, source: str) -> str:
     return source.splitlines()[at.tb_lineno - 1] if at is not None else source
 
 
+BROKEN = "broken promise"
+"""What :meth:`World.run` answers of a step that broke one, of a kind that goes on."""
 DIED = "task died"
 """What :meth:`World.run` answers of a step in which the task died."""
 
@@ -254,7 +256,7 @@ class World:
         if errno_name == DIED:
             self._bury(step)
             return errno_name
-        if errno_name:
+        if errno_name and errno_name != BROKEN:
             if kind.refused is not None:
                 kind.refused(self, step.args)
             self._judge_errno(kind, step, errno_name)
@@ -315,6 +317,8 @@ class World:
             if step.fault:  # a call that answers NULL where others raise
                 return "ENOMEM"
             self._problem("promise-kept", str(failed) or _failed_line(failed, source))
+            if kind.goes_on:
+                return BROKEN
             self.is_over = True
         except KhoSimError as misused:
             if not self.is_harmed and not self.cursed:

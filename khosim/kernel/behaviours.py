@@ -365,6 +365,14 @@ class Release:
     """``liveupdate_register_flb`` is -EBUSY while files of the handler are preserved."""
     fix_handler_late: bool = False
     """``/dev/liveupdate`` can be opened again where a handler was not there the first time."""
+    fix_ioctl_number: bool = False
+    """``luo_ioctl`` and ``luo_session_ioctl`` are -ENOTTY for a number that they do not know."""
+    fix_finish_fault: bool = False
+    """``luo_session_finish`` has nothing to tell, and writes no answer."""
+    fix_memfd_size: bool = False
+    """``memfd_luo_preserve``: -EFBIG for a file whose folios no array has room for."""
+    fix_memfd_holes: bool = False
+    """Holes that ``memfd_luo_preserve`` filled are holes again when it fails or is called off."""
 
     def evolve(self, **changes: Any) -> Release:
         """This release with some behaviours changed.

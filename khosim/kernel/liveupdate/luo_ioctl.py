@@ -20,6 +20,7 @@ from khosim.kernel.uaccess import copy_struct_from_user, copy_to_user, get_user_
 
 if TYPE_CHECKING:
     from khosim.kernel.file import File
+    from khosim.kernel.kernel import Kernel
     from khosim.kernel.liveupdate.luo_core import Luo
     from khosim.kernel.liveupdate.luo_session import Session
     from khosim.kernel.process import Process
@@ -75,11 +76,16 @@ def _fetch(process: Process, user: UserBuffer, user_size: int, layout: Struct) -
     return LuoUcmd(process, user, user_size, cmd)
 
 
+def _unknown(kernel: Kernel) -> int:
+    # The interface's own documentation says that an unknown number is -ENOTTY.
+    return errno.ENOTTY if kernel.release.fix_ioctl_number else errno.EINVAL
+
+
 def luo_ioctl(luo: Luo, process: Process, cmd: int, arg: UserBuffer) -> int:
     """``luo_ioctl``: a call on the device; 0, or raises."""
     number = uapi.ioc_nr(cmd) - uapi.LIVEUPDATE_CMD_BASE
     if number >= len(_DEVICE_OPS):
-        raise KernelError(errno.EINVAL, "luo_ioctl", f"number {number:#x}")
+        raise KernelError(_unknown(luo.kernel), "luo_ioctl", f"number {number:#x}")
     user_size = get_user_u32(arg)
     op = _DEVICE_OPS[number]
     if op.ioctl_num != cmd:
@@ -94,7 +100,7 @@ def luo_session_ioctl(session: Session, process: Process, cmd: int, arg: UserBuf
     number = uapi.ioc_nr(cmd) - uapi.LIVEUPDATE_CMD_SESSION_BASE
     known = len(_SESSION_OPS) if session.kernel.release.luo_get_name else len(_SESSION_OPS) - 1
     if not 0 <= number < known:
-        raise KernelError(errno.EINVAL, symbol, f"number {uapi.ioc_nr(cmd):#x}")
+        raise KernelError(_unknown(session.kernel), symbol, f"number {uapi.ioc_nr(cmd):#x}")
     user_size = get_user_u32(arg)
     op = _SESSION_OPS[number]
     if op.ioctl_num != cmd:
@@ -198,7 +204,8 @@ def _finish(session: Session, ucmd: LuoUcmd) -> None:
     if session.kernel.release.luo_checks_reserved:
         _check_reserved(reserved, "luo_session_finish")
     session.session.file_set.finish()
-    ucmd.respond()
+    if not session.kernel.release.fix_finish_fault:
+        ucmd.respond()
 
 
 def _get_name(session: Session, ucmd: LuoUcmd) -> None:

@@ -45,9 +45,10 @@ from khosim.kernel.kho_vmalloc import (
     kho_restore_vmalloc,
     kho_unpreserve_vmalloc,
 )
-from khosim.kernel.kvmalloc import kvfree, kvmalloc
+from khosim.kernel.kvmalloc import KVMALLOC_MAX_BYTES, kvfree, kvmalloc
 from khosim.kernel.liveupdate.file_ops import FileHandler, LiveupdateFileOpArgs
 from khosim.kernel.liveupdate.memfd_discard import discard_unmapped
+from khosim.kernel.liveupdate.memfd_holes import Hole, empty_holes, holes_of
 from khosim.kernel.liveupdate.memfd_records import discard_folios, folio_runs, write_records
 from khosim.kernel.liveupdate.memfd_retrieve import retrieve_folios
 from khosim.kernel.memfd import MFD_ALLOW_SEALING, Memfd, memfd_alloc_file
@@ -73,6 +74,7 @@ class MemfdLuoHandler(FileHandler):
     def __init__(self, layout: MemfdLayout = LAYOUTS["memfd-v2"]) -> None:
         super().__init__(layout.compatible)
         self.layout = layout
+        self._filled: dict[int, list[Hole]] = {}  # by handle, with fix_memfd_holes
 
     def can_preserve(self, file: File) -> bool:
         """``memfd_luo_can_preserve``: not for hugetlb memfds."""
@@ -96,6 +98,7 @@ class MemfdLuoHandler(FileHandler):
         kernel, inode = args.kernel, file.inode
         symbol = "memfd_luo_preserve"
         inode.shmem_freeze(True)
+        holes = holes_of(inode) if kernel.release.fix_memfd_holes else []
         ser: Folio | None = None
         try:
             ser = kernel.kho_alloc_preserve(self.layout.ser_bytes)
@@ -116,12 +119,15 @@ class MemfdLuoHandler(FileHandler):
         except KernelError as refused:
             if ser is not None:
                 kernel.kho_unpreserve_free(ser)
+            empty_holes(inode, holes)
             inode.shmem_freeze(False)
             if kernel.trace is not None:
                 kernel.emit(symbol, {"file": file.name}, -refused.errno)
             raise
         args.private_data = records
         args.serialized_data = ser.phys
+        if holes:
+            self._filled[ser.phys] = holes
         if kernel.trace is not None:
             kernel.emit(symbol, {"file": file.name, "nr_folios": nr_folios}, 0)
 
@@ -166,6 +172,7 @@ class MemfdLuoHandler(FileHandler):
                 (CacheRun(run.pgoff, run.pfn, run.order, run.nr_folios) for run in runs),
             )
             vfree(kernel, records)
+            empty_holes(file.inode, self._filled.pop(args.serialized_data, []))
         kernel.kho_unpreserve_free(Folio(kernel, args.serialized_data >> kernel.arch.page_shift, 0))
         if kernel.trace is not None:
             kernel.emit(symbol, {"file": file.name}, None)
@@ -261,6 +268,8 @@ def _preserve_folios(file: Memfd, slot: KhoVmallocSlot) -> tuple[VmStruct | None
     if not inode.i_size:
         return None, 0
     max_folios = -(-inode.i_size >> kernel.arch.page_shift) & _UINT_MAX
+    if kernel.release.fix_memfd_size and max_folios * 8 > KVMALLOC_MAX_BYTES:
+        raise KernelError(errno.EFBIG, symbol, f"an array of {max_folios} pointers")
     array = kvmalloc(kernel, max_folios * 8, symbol)
     if array is None:
         raise KernelError(errno.ENOMEM, symbol, f"an array of {max_folios} pointers")

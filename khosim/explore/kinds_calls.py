@@ -1,0 +1,137 @@
+"""Steps with calls at the edge of the interface: :mod:`khosim.explore.agent_calls`.
+
+Boundaries: the numbers next to those that the device and sessions know, and each other's; files as
+large as all memory, and as the largest counts on the way to being preserved.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from khosim.abi.liveupdate import LIVEUPDATE_CMD_BASE, LIVEUPDATE_CMD_SESSION_BASE
+from khosim.explore.kinds import Args, Kind, nothing
+from khosim.explore.kinds_luo import finish_session
+from khosim.kernel.kvmalloc import KVMALLOC_MAX_BYTES
+
+if TYPE_CHECKING:
+    from khosim.explore.world import World
+
+__all__ = ("KINDS",)
+
+_DEVICE_CALLS, _SESSION_CALLS = 2, 4
+_POINTER_BYTES = 8
+_FOLIOS_MAX = (1 << 32) - 1
+
+
+def _is_on(world: World) -> bool:
+    return world.has_kernel and world.kernel.liveupdate.enabled
+
+
+# -- numbers -------------------------------------------------------------------------------------
+
+
+def _device_choices(world: World) -> list[Args]:
+    first = LIVEUPDATE_CMD_BASE + _DEVICE_CALLS
+    return [(n,) for n in (first, LIVEUPDATE_CMD_SESSION_BASE, 0xFF)] if _is_on(world) else []
+
+
+def _session_choices(world: World) -> list[Args]:
+    first = LIVEUPDATE_CMD_SESSION_BASE
+    numbers = (first + _SESSION_CALLS, first - 1, LIVEUPDATE_CMD_BASE, 0xFF)
+    sessions = world.of("session", "held", "arrived", "finished")
+    return [(item.name, number) for item in sessions for number in numbers]
+
+
+# -- finishing -----------------------------------------------------------------------------------
+
+
+def _finish_choices(world: World) -> list[Args]:
+    # With something in it, for an empty one has nothing to lose; not while a token is busy.
+    return [
+        (item.name,)
+        for item in world.of("session", "arrived")
+        if any(f["was"] == item.name and f["type"] == "memfd" for f in world.of("file"))
+        and not any(f["was"] == item.name and f["type"] == "token" for f in world.of("file"))
+    ]
+
+
+# -- files with holes ----------------------------------------------------------------------------
+
+
+def _sparse_choices(world: World) -> list[Args]:
+    if not _is_on(world) or "off" in {item["name"] for item in world.of("session", "held")}:
+        return []
+    page = world.kernel.arch.page_size
+    pages = (KVMALLOC_MAX_BYTES // _POINTER_BYTES + 1, _FOLIOS_MAX + 1)
+    return [(world.hardware_bytes,), *((count * page,) for count in pages)]
+
+
+def _call_off_choices(world: World) -> list[Args]:
+    if not _is_on(world):
+        return []
+    files = [item for item in world.of("file", "held") if item["type"] == "memfd"]
+    return [(item.name,) for item in files if not item["was"]]
+
+
+KINDS = (
+    Kind(
+        "ask_device",
+        "session",
+        _device_choices,
+        lambda w, number: f"ask_device(kernel, {number:#x})",
+        nothing,
+        errnos=frozenset(("ENOTTY",)),
+        opens=True,
+        can_fail=False,
+        weight=0.3,
+        locks=True,
+    ),
+    Kind(
+        "ask_session",
+        "session",
+        _session_choices,
+        lambda w, s, number: f"ask_session({s}, {number:#x})",
+        nothing,
+        errnos=frozenset(("ENOTTY",)),
+        can_fail=False,
+        weight=0.5,
+        locks=True,
+    ),
+    Kind(
+        "finish_badly",
+        "session",
+        _finish_choices,
+        lambda w, s: f"finish_badly({s})",
+        finish_session,
+        errnos=frozenset(("EFAULT",)),
+        can_fail=False,
+        goes_on=True,
+        weight=3,
+        locks=True,
+    ),
+    Kind(
+        "preserve_sparse",
+        "memfd",
+        _sparse_choices,
+        lambda w, size: f"preserve_sparse(kernel, {size:#x})",
+        nothing,
+        errnos=frozenset(("EFBIG", "ENOMEM", "ENOSPC")),
+        opens=True,
+        can_fail=False,
+        goes_on=True,
+        weight=0.3,
+        locks=True,
+    ),
+    Kind(
+        "call_off",
+        "memfd",
+        _call_off_choices,
+        lambda w, m: f"call_off(kernel, {m})",
+        nothing,
+        opens=True,
+        can_fail=False,
+        goes_on=True,
+        weight=0.5,
+        locks=True,
+    ),
+)

@@ -1,0 +1,138 @@
+"""Switches for what LUO and memfds do wrong in 7.3: what the kernel does with and without each."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from khosim import KernelError, Machine
+from khosim.explore.agent_calls import (
+    ask_device,
+    ask_session,
+    call_off,
+    finish_badly,
+    preserve_sparse,
+)
+from khosim.kernel.kernel import Kernel
+from khosim.kernel.kvmalloc import KVMALLOC_MAX_BYTES
+
+PAGE = 4096
+TIB = 1 << 40
+
+
+def boot(switch: str = "") -> Kernel:
+    release = f"7.3+{switch}=on" if switch else "7.3"
+    return Machine("64M").boot(release, cmdline="kho=on liveupdate=on")
+
+
+def errno_of(call: object, *args: object) -> int:
+    assert callable(call)
+    with pytest.raises(KernelError) as caught:
+        call(*args)
+    return caught.value.errno
+
+
+@pytest.mark.parametrize("number", [2, 0x3F, 0x40, 0xFF])
+def test_unknown_numbers_on_the_device(number: int) -> None:
+    """-EINVAL where the interface's documentation promises -ENOTTY."""
+    assert errno_of(ask_device, boot(), number) == errno.EINVAL
+    assert errno_of(ask_device, boot("fix_ioctl_number"), number) == errno.ENOTTY
+
+
+@pytest.mark.parametrize("number", [1, 0x3F, 0x44, 0xFF])
+def test_unknown_numbers_on_a_session(number: int) -> None:
+    """As on the device; asking leaves the session as it was."""
+    for switch, told in (("", errno.EINVAL), ("fix_ioctl_number", errno.ENOTTY)):
+        session = boot(switch).liveupdate.create_session("vm")
+        assert errno_of(ask_session, session, number) == told
+        session.close()
+
+
+def test_finishing_badly() -> None:
+    """-EFAULT and finished all the same; with the switch there is no answer that can fail."""
+    for switch in ("", "fix_finish_fault"):
+        kernel = boot(switch)
+        session = kernel.liveupdate.create_session("vm")
+        file = kernel.memfd("m", size=PAGE)
+        session.preserve(file, 1)
+        kernel = kernel.kexec()
+        session = kernel.liveupdate.retrieve_session("vm")
+        if switch:
+            finish_badly(session)
+        else:
+            with pytest.raises(AssertionError, match="finished, though the call failed"):
+                finish_badly(session)
+        assert session.tokens == []
+
+
+def test_finishing_badly_what_is_empty() -> None:
+    """Nothing is lost by it: -EFAULT."""
+    kernel = boot()
+    kernel.liveupdate.create_session("vm")
+    kernel = kernel.kexec()
+    session = kernel.liveupdate.retrieve_session("vm")
+    assert errno_of(finish_badly, session) == errno.EFAULT
+
+
+@pytest.mark.parametrize(
+    ("pages", "switch", "told", "warns"),
+    [
+        (KVMALLOC_MAX_BYTES // 8 + 1, "", errno.ENOMEM, True),
+        (KVMALLOC_MAX_BYTES // 8 + 1, "fix_memfd_size", errno.EFBIG, False),
+        (1 << 32, "", errno.EFBIG, False),
+    ],
+)
+def test_files_that_no_array_has_room_for(
+    pages: int, switch: str, told: int, *, warns: bool
+) -> None:
+    """From 1 TiB on kvmalloc warns; files of 2**32 pages are refused before."""
+    kernel = boot(switch)
+    assert KVMALLOC_MAX_BYTES // 8 + 1 == TIB // PAGE
+    assert errno_of(preserve_sparse, kernel, pages * PAGE) == told
+    assert any("kvmalloc" in message for message in kernel.messages) == warns
+
+
+def test_calling_off_leaves_holes_filled() -> None:
+    """Nine of ten pages more; with the switch nothing but what was written."""
+    kernel = boot()
+    file = kernel.memfd("m", size=10 * PAGE)
+    file.write(3 * PAGE, b"x")
+    with pytest.raises(AssertionError, match="9 pages more"):
+        call_off(kernel, file)
+    assert file.inode.alloced == 10
+    kernel = boot("fix_memfd_holes")
+    file = kernel.memfd("m", size=10 * PAGE)
+    file.write(3 * PAGE, b"x")
+    call_off(kernel, file)
+    assert file.inode.alloced == 1
+    assert file.read(0, 10 * PAGE) == bytes(3 * PAGE) + b"x" + bytes(7 * PAGE - 1)
+
+
+@pytest.mark.parametrize("huge", ["never", "always"])
+def test_what_was_written_meanwhile_stays(huge: str) -> None:
+    """A hole that was filled by preserve and written to afterwards is data."""
+    kernel = boot("fix_memfd_holes")
+    size = 1200 * PAGE
+    file = kernel.memfd("m", size=size, huge=huge)
+    file.fallocate(size + PAGE, PAGE, 1)
+    session = kernel.liveupdate.create_session("vm")
+    session.preserve(file, 1)
+    file.write(700 * PAGE + 5, b"late")
+    session.close()
+    assert file.read(700 * PAGE + 5, 4) == b"late"
+    assert sum(len(data) - data.count(0) for _, data in file.data()) == 4
+    assert file.inode.alloced == (2 if huge == "never" else 1024)
+    assert file.inode.i_blocks == file.inode.alloced * (PAGE // 512)
+    file.close()
+
+
+def test_a_memfd_larger_than_memory() -> None:
+    """-ENOMEM takes all memory; with the switch all of it is free again."""
+    kernel = boot()
+    with pytest.raises(AssertionError, match="pages more"):
+        preserve_sparse(kernel, 128 << 20)
+    kernel = boot("fix_memfd_holes")
+    before = sum(zone.nr_free_pages() for zone in kernel.pages.zones)
+    assert errno_of(preserve_sparse, kernel, 128 << 20) == errno.ENOMEM
+    assert before - sum(zone.nr_free_pages() for zone in kernel.pages.zones) < 8
