@@ -136,3 +136,61 @@ def test_a_memfd_larger_than_memory() -> None:
     before = sum(zone.nr_free_pages() for zone in kernel.pages.zones)
     assert errno_of(preserve_sparse, kernel, 128 << 20) == errno.ENOMEM
     assert before - sum(zone.nr_free_pages() for zone in kernel.pages.zones) < 8
+
+
+def test_a_reader_stays_a_reader() -> None:
+    """What may only be read is refused in each way by which it could be written to."""
+    kernel = boot()
+    writer = kernel.memfd("m", size=PAGE)
+    reader = writer.open_read_only()
+    assert errno_of(reader.write, 0, b"x") == errno.EBADF
+    assert errno_of(reader.store, 0, b"x") == errno.EACCES
+    assert errno_of(reader.ftruncate, 0) == errno.EINVAL
+    assert errno_of(reader.fallocate, 0, PAGE) == errno.EBADF
+    assert errno_of(reader.add_seals, 1) == errno.EPERM
+    writer.write(0, b"y")
+    assert reader.read(0, 1) == b"y"
+    assert reader.d_path() == writer.d_path() == "/memfd:m (deleted)"
+
+
+def test_an_inode_lives_as_long_as_one_of_its_files() -> None:
+    """Closing one of two leaves the memory; closing the last one frees it."""
+    kernel = boot()
+    writer = kernel.memfd("m", size=PAGE)
+    writer.write(0, b"y")
+    reader = writer.open_read_only()
+    writer.close()
+    assert reader.read(0, 1) == b"y"
+    assert reader.inode.alloced == 1
+    reader.close()
+    assert reader.inode.alloced == 0
+
+
+@pytest.mark.parametrize("switch", ["", "fix_memfd_reader"])
+def test_a_reader_is_preserved(switch: str) -> None:
+    """It comes back writable; with the switch it is refused, and left as it was."""
+    kernel = boot(switch)
+    session = kernel.liveupdate.create_session("vm")
+    writer = kernel.memfd("m", size=PAGE)
+    reader = writer.open_read_only()
+    if switch:
+        assert errno_of(session.preserve, reader, 1) == errno.EOPNOTSUPP
+        assert not reader.inode.frozen
+        session.preserve(writer, 1)
+        return
+    session.preserve(reader, 1)
+    assert errno_of(session.preserve, writer, 2) == errno.EBUSY
+    file = kernel.kexec().liveupdate.retrieve_session("vm").retrieve(1)
+    assert file.is_writable
+    assert file.write(0, b"z") == 1
+
+
+@pytest.mark.parametrize(
+    ("switch", "path"), [("", "/ (deleted)"), ("fix_memfd_name", "/memfd: (deleted)")]
+)
+def test_the_name_of_a_retrieved_memfd(switch: str, path: str) -> None:
+    """Its own name is gone in any case."""
+    kernel = boot(switch)
+    kernel.liveupdate.create_session("vm").preserve(kernel.memfd("guest", size=PAGE), 1)
+    file = kernel.kexec().liveupdate.retrieve_session("vm").retrieve(1)
+    assert file.d_path() == path

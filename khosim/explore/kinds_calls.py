@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from khosim.abi.liveupdate import LIVEUPDATE_CMD_BASE, LIVEUPDATE_CMD_SESSION_BASE
-from khosim.explore.kinds import Args, Kind, nothing
+from khosim.explore.kinds import NEW, Args, Kind, nothing
 from khosim.explore.kinds_luo import finish_session
+from khosim.explore.kinds_memfd import FILES_MAX
 from khosim.kernel.kvmalloc import KVMALLOC_MAX_BYTES
 
 if TYPE_CHECKING:
@@ -73,6 +74,38 @@ def _call_off_choices(world: World) -> list[Args]:
     return [(item.name,) for item in files if not item["was"]]
 
 
+# -- how a file is open ---------------------------------------------------------------------------
+
+
+def _reader_choices(world: World) -> list[Args]:
+    files = world.of("file")
+    is_one = any(item["type"] == "reader" for item in files)
+    if not world.has_kernel or is_one or len(files) >= FILES_MAX:
+        return []
+    page = world.kernel.arch.page_size
+    return [(NEW, size) for size in (page, 0)]
+
+
+def _reader_source(world: World, name: str, size: int) -> str:
+    # Who made it keeps the writable one to himself, and closes it.
+    write = 'writer.write(0, b"m")\n' if size else ""
+    return (
+        f'writer = kernel.memfd("{name}", size={size})\n{write}'
+        f"{name} = writer.open_read_only()\nwriter.close()"
+    )
+
+
+def _reader_done(world: World, args: Args) -> None:
+    tags = ((0, "m"),) if args[1] else ()
+    world.add("file", args[0], type="reader", session="", was="", size=args[1], tags=tags)
+
+
+def _readlink_choices(world: World) -> list[Args]:
+    # Of those that were made here it says what they are.
+    files = world.of("file", "arrived")
+    return [(item.name,) for item in files if item["type"] in ("memfd", "reader")]
+
+
 KINDS = (
     Kind(
         "ask_device",
@@ -133,5 +166,25 @@ KINDS = (
         goes_on=True,
         weight=0.5,
         locks=True,
+    ),
+    Kind(
+        "read_only_memfd",
+        "memfd",
+        _reader_choices,
+        _reader_source,
+        _reader_done,
+        letter="m",
+        can_fail=False,
+        weight=1,
+    ),
+    Kind(
+        "readlink",
+        "memfd",
+        _readlink_choices,
+        lambda w, m: f'assert {m}.d_path().startswith("/memfd:")',
+        nothing,
+        can_fail=False,
+        goes_on=True,
+        weight=4,
     ),
 )

@@ -174,6 +174,8 @@ def _file_source(world: World, session: str, name: str, token: int, kind: str) -
     size, written = item["size"], len(item["tags"])
     if written < size <= 1 << 16:
         tag += f"\nassert {name}.read(0, {size}).count(0) == {size - written}"
+    if item["type"] == "reader":
+        tag += f"\nassert {name}.is_writable == {was}.is_writable"
     return (
         f"{was}, {name} = {name}, {session}.retrieve({token:#x})\n"
         f"assert {name}.inode.i_size == {was}.inode.i_size\n"
@@ -354,7 +356,7 @@ KINDS = (
         _session_files,
         lambda w, s, item, token: f"{s}.preserve({item}, {token:#x})",
         _session_file_done,
-        errnos=frozenset(("EEXIST", "EBUSY", "ENOENT")),
+        errnos=frozenset(("EEXIST", "EBUSY", "ENOENT", "ENOTSUP")),
         asks=_asks_of_file,
         weight=30,
         locks=True,
@@ -376,7 +378,7 @@ KINDS = (
         _session_files,
         lambda w, s, item, token: f"preserve_badly({s}, {item}, {token:#x})",
         nothing,
-        errnos=frozenset(("EEXIST", "EBUSY", "ENOENT", "EFAULT")),
+        errnos=frozenset(("EEXIST", "EBUSY", "ENOENT", "ENOTSUP", "EFAULT")),
         weight=1,
         can_fail=False,
         locks=True,

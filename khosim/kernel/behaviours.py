@@ -371,6 +371,10 @@ class Release:
     """``luo_session_finish`` has nothing to tell, and writes no answer."""
     fix_memfd_size: bool = False
     """``memfd_luo_preserve``: -EFBIG for a file whose folios no array has room for."""
+    fix_memfd_reader: bool = False
+    """``memfd_luo_preserve``: -EOPNOTSUPP for a file that is open for reading only."""
+    fix_memfd_name: bool = False
+    """``memfd_luo_retrieve``: a memfd is called one in ``/proc/PID/fd``."""
     fix_memfd_holes: bool = False
     """Holes that ``memfd_luo_preserve`` filled are holes again when it fails or is called off."""
 

@@ -50,20 +50,32 @@ MFD_NOEXEC_SEAL = 0x0008
 MFD_EXEC = 0x0010
 _MFD_HUGE_SHIFT, _MFD_HUGE_MASK = 26, 0x3F
 _MFD_ALL_FLAGS = MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB | MFD_NOEXEC_SEAL | MFD_EXEC
-_MFD_NAME_MAX_BYTES = 255 - len("memfd:")
+_MFD_NAME_PREFIX = "memfd:"
+_MFD_NAME_MAX_BYTES = 255 - len(_MFD_NAME_PREFIX)
 
 _IMPLIED_BY_EXEC = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_FUTURE_WRITE
 F_ALL_SEALS = F_SEAL_SEAL | F_SEAL_EXEC | _IMPLIED_BY_EXEC
 
 
 class Memfd(ShmemFile):
-    """A memfd of shmem pages, opened for reading and writing."""
+    """A memfd of shmem pages. ``dname`` is its name in ``/proc/PID/fd``."""
 
-    __slots__ = ()
+    __slots__ = ("dname",)
+
+    def __init__(self, kernel: Kernel, inode: ShmemInode, name: str = "") -> None:
+        super().__init__(kernel, inode, name)
+        self.dname = f"{_MFD_NAME_PREFIX}{name}"
 
     def d_path(self) -> str:
         """``simple_dname``."""
-        return f"/memfd:{self.name} (deleted)"
+        return f"/{self.dname} (deleted)"
+
+    def open_read_only(self) -> Memfd:
+        """``open("/proc/self/fd/FD", O_RDONLY)``: another open file of the same inode."""
+        self.check_open()
+        file = Memfd(self.kernel, self.inode, self.name)
+        file.dname, file.is_writable = self.dname, False
+        return file
 
     @property
     def seals(self) -> int:
@@ -74,9 +86,10 @@ class Memfd(ShmemFile):
         """``memfd_add_seals``: raises -EINVAL, -EPERM after ``F_SEAL_SEAL``, -EBUSY.
 
         ``F_SEAL_WRITE`` cannot be set while folios are pinned. ``F_SEAL_EXEC`` brings all seals
-        against writing with it where the file's mode allows execution.
+        against writing with it where the file's mode allows execution. -EPERM as well for a file
+        that is open for reading only.
         """
-        self.check_open()
+        self.check_writable(errno.EPERM)
         symbol = "memfd_add_seals"
         inode = self.inode
         if seals & ~F_ALL_SEALS:

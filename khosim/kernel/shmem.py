@@ -58,7 +58,8 @@ class ShmemInode:
     """An unlinked shmem inode: ``struct inode`` and ``struct shmem_inode_info`` in one.
 
     ``huge`` is the mount's policy for large folios, one of :data:`HUGE_MODES`; ``nid`` the node to
-    allocate from first. ``alloced`` counts pages, ``i_blocks`` units of 512 bytes.
+    allocate from first. ``alloced`` counts pages, ``i_blocks`` units of 512 bytes, ``i_count`` the
+    open files.
     """
 
     __slots__ = (
@@ -69,6 +70,7 @@ class ShmemInode:
         "flags",
         "huge",
         "i_blocks",
+        "i_count",
         "i_mode",
         "i_nlink",
         "i_size",
@@ -87,6 +89,7 @@ class ShmemInode:
         self.i_mode = 0o777
         self.i_nlink = 0
         self.i_blocks = 0
+        self.i_count = 0
         self.seals = F_SEAL_SEAL
         self.flags = SHMEM_F_NORESERVE
         self.alloced = 0

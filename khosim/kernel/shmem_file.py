@@ -35,17 +35,30 @@ Data = bytes | bytearray | memoryview
 
 
 class ShmemFile(File):
-    """An open shmem file; the inode lives as long as it. Offsets and sizes are bytes."""
+    """An open shmem file; the inode lives as long as one. Offsets and sizes are bytes.
 
-    __slots__ = ("inode",)
+    ``is_writable`` is ``FMODE_WRITE``; all are open for reading.
+    """
+
+    __slots__ = ("inode", "is_writable")
 
     def __init__(self, kernel: Kernel, inode: ShmemInode, name: str = "") -> None:
         super().__init__(kernel, name)
         self.inode = inode
+        self.is_writable = True
+        inode.i_count += 1
 
     def release(self) -> None:
-        """The last reference is gone: all memory of the file is freed."""
-        shmem_evict_inode(self.inode)
+        """The last reference is gone: if to the inode as well, all memory of it is freed."""
+        self.inode.i_count -= 1
+        if not self.inode.i_count:
+            shmem_evict_inode(self.inode)
+
+    def check_writable(self, error: int = errno.EBADF) -> None:
+        """Raise -``error`` for a file that is open for reading only, or is not open any more."""
+        self.check_open()
+        if not self.is_writable:
+            raise KernelError(error, "file_start_write", f"{self!r} is open for reading only")
 
     @property
     def size(self) -> int:
@@ -58,9 +71,9 @@ class ShmemFile(File):
         """``pwrite``: returns the bytes written, fewer than asked for where it got stuck.
 
         Raises -EPERM for a sealed file or one that must not grow, -ENOMEM, -ENOSPC, -EFBIG, but
-        only when nothing at all was written.
+        only when nothing at all was written; -EBADF for a file that is open for reading only.
         """
-        self.check_open()
+        self.check_writable()
         if offset < 0:
             raise KernelError(errno.EINVAL, "pwrite", f"offset {offset}")
         view = memoryview(data).cast("B")
@@ -141,8 +154,9 @@ class ShmemFile(File):
 
         Raises -EPERM for a write-sealed file (there are no writable mappings of it then),
         -EFAULT behind the last page of the file and without memory: the process gets SIGBUS.
+        -EACCES for a file that is open for reading only.
         """
-        self.check_open()
+        self.check_writable(errno.EACCES)
         view = memoryview(data).cast("B")
         inode = self.inode
         shift = self.kernel.arch.page_shift
@@ -205,14 +219,14 @@ class ShmemFile(File):
         return min(max(offset, at << shift), inode.i_size)
 
     def ftruncate(self, size: int | str) -> None:
-        """``ftruncate``; see :func:`~khosim.kernel.shmem_truncate.shmem_setattr_size`."""
-        self.check_open()
+        """``ftruncate``; see :func:`~khosim.kernel.shmem_truncate.shmem_setattr_size`; -EINVAL."""
+        self.check_writable(errno.EINVAL)
         new_size = size if isinstance(size, int) else parse_size(size)
         shmem_setattr_size(self.inode, new_size)
 
     def fallocate(self, offset: int, len_bytes: int, mode: int = 0) -> None:
-        """``fallocate``; see :func:`~khosim.kernel.shmem_truncate.shmem_fallocate`."""
-        self.check_open()
+        """``fallocate``; see :func:`~khosim.kernel.shmem_truncate.shmem_fallocate`; -EBADF."""
+        self.check_writable()
         shmem_fallocate(self.inode, mode, offset, len_bytes)
 
     def reclaim(self) -> int:

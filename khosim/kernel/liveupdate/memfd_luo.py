@@ -12,6 +12,7 @@ What the kernel loses or leaves behind here:
   1 TiB on (4 KiB pages) it is refused, so the answer is -ENOMEM; -EFBIG comes from 16 TiB on.
 * Seals that are added after ``preserve`` are lost, and so are folios behind the end of the file.
 * ``F_SEAL_EXEC`` comes back with all seals against writing: the new file's mode allows execution.
+* A file that was open for reading only comes back writable, and without ``memfd:`` in its name.
 * A ``retrieve`` that refuses the seals or cannot restore the records gives up the folios: they stay
   reserved until the next kexec.
 
@@ -97,6 +98,8 @@ class MemfdLuoHandler(FileHandler):
         assert isinstance(file, Memfd)
         kernel, inode = args.kernel, file.inode
         symbol = "memfd_luo_preserve"
+        if kernel.release.fix_memfd_reader and not file.is_writable:
+            raise KernelError(errno.EOPNOTSUPP, symbol, "it is open for reading only")
         inode.shmem_freeze(True)
         holes = holes_of(inode) if kernel.release.fix_memfd_holes else []
         ser: Folio | None = None
@@ -248,10 +251,13 @@ class MemfdLuoHandler(FileHandler):
     def _alloc_file(self, kernel: Kernel) -> Memfd:
         flags = MFD_ALLOW_SEALING if self.layout.seals_offset else 0
         try:
-            return memfd_alloc_file(kernel, "", flags)
+            file = memfd_alloc_file(kernel, "", flags)
         except KernelError as refused:
             kernel.printk(f"memfd_luo: failed to setup file: -{refused.name}")
             raise
+        if not kernel.release.fix_memfd_name:
+            file.dname = ""
+        return file
 
     def _load(self, kernel: Kernel, phys: int) -> MemfdLuoSer:
         size = self.layout.ser_bytes
