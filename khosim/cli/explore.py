@@ -234,6 +234,9 @@ def _text(result: dict[str, Any]) -> str:
         what = "known hazard " + " with ".join(finding["hazards"]) if finding["hazards"] else "NEW"
         where = f"in {finding['count']} programs, first shown by {finding['seed']}"
         lines += ["", f"-- {n}. {finding['invariant']}: {what}", where]
+        if finding["behind"]:
+            where += f"; it shows once {' and '.join(finding['behind'])} is fixed"
+            lines[-1] = where
         lines += wrap(finding["message"], _COLUMNS)
         if finding["also"]:
             lines += wrap(f"also said by {', '.join(finding['also'])}", _COLUMNS)

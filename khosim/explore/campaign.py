@@ -303,5 +303,5 @@ class Campaign:
     def _told(self, finding: Finding) -> dict[str, Any]:
         name = f"{finding.seed} {finding.invariant} {finding.shape}"
         if name not in self._programs:
-            self._programs[name] = tell(finding.steps, finding.problem, self.spec.release)
-        return record.of_finding(finding, self.spec, self._programs[name])
+            self._programs[name] = tell(finding.steps, finding.problem, finding.release)
+        return record.of_finding(finding, self._programs[name])

@@ -29,7 +29,7 @@ __all__ = (
 
 _FIXED = " fixed"
 _RELEASE = {"release": "of the campaign"}
-_OPTION = re.compile(r"""(kernel_size|initrd|release)=("[\w.]+"|fixed\('[\w.]+'\))""")
+_OPTION = re.compile(r"""(kernel_size|initrd|release)=("[\w.+=]+"|fixed\('[\w.]+'\))""")
 """What a program may say of its next kernel beside its command line."""
 _REST = Step._fields[2:]
 

@@ -9,11 +9,13 @@ shrunk at the same time.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from khosim.explore.hazards import EARLIER, SWITCHES
-from khosim.explore.shrink import Finding
-from khosim.explore.world import LOADS, Problem, Step
+from khosim.explore.hazards import EARLIER, SWITCHES, silenced
+from khosim.explore.shrink import Finding, on_release
+from khosim.explore.work import Shrunk
+from khosim.explore.world import LOADS, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,8 +31,8 @@ _PER_HAZARD = 2
 _TOLD_BY_LAST = ("memfd", "vmalloc", "token", "fallocate")
 """Kinds of steps whose last argument makes another program of it."""
 
-Answer = tuple[list[Step], Problem, tuple[str, ...]] | None
-"""Steps of the shrunk program, what speaks in it, and which switches silence it; or nothing."""
+Answer = Shrunk | None
+"""What shrinking came to; nothing where the program did not show it again."""
 
 
 class Asked(NamedTuple):
@@ -68,6 +70,12 @@ class _Queue:
         """Runs that show it together with others, or once more than it has to be shrunk."""
         self.most = most
         self.asked = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more is wanted: a program that others hide leaves room for a plain one."""
+        plain = sum(not found.behind for found in self.known)
+        return plain >= self.most or len(self.known) >= 2 * self.most
 
 
 class Keeper:
@@ -120,8 +128,14 @@ class Keeper:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The switches of the hazards that were found."""
-        told = {name for key, queue in self._queues.items() if queue.known for name in key}
+        """The switches of the hazards that were found, but for those that are hidden as yet."""
+        told = {
+            name
+            for key, queue in self._queues.items()
+            for found in queue.known
+            for name in found.switches
+            if name in key and not found.behind
+        }
         return tuple(name for name in (*SWITCHES, *EARLIER) if name in told)
 
     def answer(self, asked: Asked, answer: Answer) -> None:
@@ -139,7 +153,7 @@ class Keeper:
             explained = next((f for f in queue.known if f.kinds <= parts), None)
             if explained is not None:
                 explained.runs.add(suspect.seed)
-            elif len(queue.known) >= queue.most:
+            elif queue.is_full:
                 self.unexplained += queue.most == _PER_CAUSE
                 queue.counted.add(suspect.seed)
             elif asked in self._answers:
@@ -155,15 +169,16 @@ class Keeper:
         if answer is None:
             self.unshrunk += 1
             return
-        steps, problem, switches = answer
-        parts = tags(steps)
+        parts = tags(answer.steps)
         same = next((f for f in queue.known if f.kinds == parts), None)
         if same is not None:
             same.runs.add(suspect.seed)
             return
-        found = Finding(problem, cause[1], list(steps), suspect.seed, self._release, parts)
+        release = silenced(self._release, answer.behind)
+        steps = on_release(answer.steps, release) if answer.behind else list(answer.steps)
+        found = Finding(answer.problem, cause[1], steps, suspect.seed, release, kinds=parts)
+        found.behind, found.switches = answer.behind, answer.switches
         found.runs.add(suspect.seed)
-        found.switches = switches
         queue.known.append(found)
 
     def findings(self) -> list[Finding]:
@@ -210,16 +225,16 @@ def _where(found: Finding) -> tuple[str, ...]:
 
 
 def _joined(group: list[Finding]) -> Finding:
-    # The fewest steps, then the fewest faults; among equals the first run.
-    def length(found: Finding) -> tuple[int, int, int, tuple[str, int]]:
+    # What nothing hides, the fewest steps, the fewest faults; among equals the first run.
+    def length(found: Finding) -> tuple[int, int, int, int, tuple[str, int]]:
         faults = sum(bool(step.fault) for step in found.steps)
         line = sum(len(str(step.args)) for step in found.steps)
-        return len(found.steps), faults, line, _place(found.seed)
+        return len(found.behind), len(found.steps), faults, line, _place(found.seed)
 
     best = min(group, key=length)
     others = {found.invariant for found in group} - {best.invariant}
     runs = set().union(*(found.runs for found in group))
-    joined = Finding(best.problem, best.shape, best.steps, best.seed, best.release, best.kinds)
+    joined = replace(best)
     joined.runs, joined.also = runs, tuple(sorted(others))
     joined.switches = min((f.switches for f in group), key=len)
     return joined

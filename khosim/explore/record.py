@@ -19,7 +19,7 @@ from khosim.explore.corpus import finding_id
 from khosim.explore.exhaust import Child
 from khosim.explore.hazards import EARLIER, SWITCHES, hazard_of
 from khosim.explore.keeper import Asked
-from khosim.explore.work import Runs, Suspect
+from khosim.explore.work import Runs, Shrunk, Suspect
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,9 +92,10 @@ def of_answer(asked: Asked, answer: Any, release: str | Release) -> Line:
     """What shrinking came to."""
     line: Line = {"shrunk": [asked.seed, *asked.cause]}
     if answer is not None:
-        steps, problem, switches = answer
-        line |= {"steps": encode_steps(steps, release), "problem": list(problem)}
-        line["switches"] = list(switches)
+        line |= {"steps": encode_steps(answer.steps, release), "problem": list(answer.problem)}
+        line["switches"] = list(answer.switches)
+        if answer.behind:
+            line["behind"] = list(answer.behind)
     return line
 
 
@@ -106,11 +107,12 @@ def to_answer(line: Line, release: str | Release, place: str) -> tuple[Asked, An
     key = Asked(asked[0], (asked[1], asked[2]))
     if "steps" not in line:
         return key, None
-    switches = line.get("switches")
-    if not _are_texts(switches):
+    switches, behind = line.get("switches"), line.get("behind", [])
+    if not _are_texts(switches) or not _are_switches(behind):
         raise InputError(place, "not what a campaign has written")
     problem = decode_problem(line.get("problem"), place)
-    return key, (decode_steps(line["steps"], release, place), problem, tuple(switches))
+    steps = decode_steps(line["steps"], release, place)
+    return key, Shrunk(steps, problem, tuple(switches), tuple(behind))
 
 
 def of_children(
@@ -147,7 +149,7 @@ def _child(value: Any, release: str | Release, place: str) -> Child:
     return Child(decode_steps([step], release, place)[0], state, told)
 
 
-def of_finding(finding: Finding, spec: Spec, told: Told) -> Line:
+def of_finding(finding: Finding, told: Told) -> Line:
     """A finding, as it is printed and kept in a file of its own."""
     hazards = list(dict.fromkeys(hazard_of(switch) for switch in finding.switches))
     return {
@@ -158,10 +160,11 @@ def of_finding(finding: Finding, spec: Spec, told: Told) -> Line:
         "count": finding.count,
         "seed": finding.seed,
         "hazards": hazards,
-        "release": str(getattr(spec.release, "name", spec.release)),
+        "behind": [hazard_of(switch) for switch in finding.behind],
+        "release": str(getattr(finding.release, "name", finding.release)),
         "program": told.program,
         "trace": told.trace,
-        "steps": encode_steps(finding.steps, spec.release),
+        "steps": encode_steps(finding.steps, finding.release),
         "problem": list(finding.problem),
     }
 
@@ -183,8 +186,12 @@ def _is_suspect(value: Any) -> bool:
         isinstance(value, list)
         and len(value) in (3, 4)
         and isinstance(value[1], list)
-        and all(_are_texts(off) and {*off} <= {*SWITCHES, *EARLIER} for off in value[3:])
+        and all(map(_are_switches, value[3:]))
     )
+
+
+def _are_switches(value: Any) -> bool:
+    return _are_texts(value) and {*value} <= {*SWITCHES, *EARLIER}
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:

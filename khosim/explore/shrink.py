@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from khosim.explore.hazards import like, silenced
+from khosim.explore.hazards import like
 from khosim.explore.limits import BY_THE_CLOCK, alarm
 from khosim.explore.search import KINDS, replay
 from khosim.explore.world import LOADS, Step
@@ -33,7 +33,8 @@ class Finding:
     """What spoke with the shortest program: one cause, until findings are put together.
 
     ``first`` are the runs in which it spoke, by their numbers; ``switches`` the known hazards that
-    make it silent; ``also`` the other invariants that say the same.
+    make it silent; ``also`` the other invariants that say the same. ``behind`` are known hazards
+    that hide it: ``release`` is the campaign's with these switched off.
     """
 
     problem: Problem
@@ -41,6 +42,7 @@ class Finding:
     steps: list[Step]
     seed: str
     release: str | Release
+    behind: tuple[str, ...] = ()
     kinds: frozenset[str] = field(default_factory=frozenset)
     runs: set[str] = field(default_factory=set)
     switches: tuple[str, ...] = ()
@@ -99,29 +101,23 @@ def shrink(
     cause: tuple[str, str],
     release: str | Release,
     *,
-    off: Sequence[str] = (),
+    also: str | Release | None = None,
     tick: Callable[[int], None] = lambda number: None,
 ) -> tuple[list[Step], Problem] | None:
     """The shortest lawful part of a program in which ``cause`` speaks, with simple arguments.
 
     None where the program as it stands does not show it again. ``tick`` is called before each try.
-    Programs are tried with the known hazards of the switches in ``off`` switched off; what comes
-    out of that has to speak with them on as well, and is None otherwise.
+    With ``also`` it has to speak on that release as well.
     """
-    if off:
-        without = silenced(release, off)
-        found = shrink(on_release(steps, without), cause, without, tick=tick)
-        if found is None:
-            return None
-        steps = on_release(found[0], release)
-        best = speaks(steps, cause, release)
-        return None if best is None else (steps, best)
     budget = [_EVALUATIONS_MAX]
 
     def shows(some: list[Step]) -> Problem | None:
         budget[0] -= _EVALUATIONS_MAX // 3 if BY_THE_CLOCK in cause[1] else 1
         tick(budget[0])
-        return speaks(some, cause, release)
+        problem = speaks(some, cause, release)
+        if problem and also and not speaks(on_release(some, also), cause, also):
+            return None
+        return problem
 
     best = shows(steps)
     if best is None:

@@ -16,7 +16,7 @@ from khosim.explore.exhaust import expand, keep_of, kinds_of
 from khosim.explore.hazards import silenced
 from khosim.explore.limits import alarm
 from khosim.explore.search import random_run
-from khosim.explore.shrink import cause_of, on_release, shrink
+from khosim.explore.shrink import cause_of, on_release, shrink, speaks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from khosim.explore.world import Problem, Step
     from khosim.kernel.behaviours import Release
 
-__all__ = ("Cause", "Runs", "Spec", "Suspect", "Task", "do", "run_unit")
+__all__ = ("Cause", "Runs", "Shrunk", "Spec", "Suspect", "Task", "do", "run_unit", "shrunk")
 
 _WHOLE = 16
 """One run in so many is made with all hazards of its release."""
@@ -62,6 +62,18 @@ class Suspect(NamedTuple):
         """Each cause with the switches that explain it."""
         explained = self.explained or ((),) * len(self.causes)
         return zip(self.causes, explained, strict=True)
+
+
+class Shrunk(NamedTuple):
+    """A shrunk program, what speaks in it, and which switches of known hazards silence it.
+
+    ``behind`` are switches that have to be on for it to speak: it is hidden by their hazards.
+    """
+
+    steps: list[Step]
+    problem: Problem
+    switches: tuple[str, ...]
+    behind: tuple[str, ...] = ()
 
 
 class Runs(NamedTuple):
@@ -149,14 +161,51 @@ def _explained(
     return suspect._replace(explained=explanations(suspect.steps, suspect.causes, without))
 
 
-def _shrunk(
-    suspect: Suspect, cause: Cause, release: str | Release, tick: Callable[[int], None]
-) -> tuple[list[Step], Problem, tuple[str, ...]] | None:
-    # What was found with known hazards off has to speak with them as well.
-    found = shrink(list(suspect.steps), cause, release, off=suspect.off, tick=tick)
-    if found is None and suspect.off:
-        found = shrink(list(suspect.steps), cause, release, tick=tick)
-    return None if found is None else (*found, silencers(found[0], cause, release, tick))
+def shrunk(
+    suspect: Suspect,
+    cause: Cause,
+    release: str | Release,
+    tick: Callable[[int], None] = _no_tick,
+) -> Shrunk | None:
+    """The shortest program; where hazards were off it has to speak with them as well.
+
+    Where it does not, for one of them shows first, ``behind`` are those that have to be off.
+    """
+    steps, off = list(suspect.steps), suspect.off
+    without = silenced(release, off) if off else None
+    found = shrink(steps, cause, release, also=without, tick=tick)
+    hidden_by: tuple[str, ...] = ()
+    if found is None and without:
+        found = shrink(on_release(steps, without), cause, without, tick=tick)
+        if found is not None:
+            hidden_by = _hidden_by(found[0], cause, release, off, tick)
+    if found is None:
+        return None
+    steps, problem = found
+    base = silenced(release, hidden_by)
+    silent = silencers(on_release(steps, base), cause, base, tick)
+    return Shrunk(on_release(steps, release), problem, silent, hidden_by)
+
+
+def _hidden_by(
+    steps: list[Step],
+    cause: Cause,
+    release: str | Release,
+    off: tuple[str, ...],
+    tick: Callable[[int], None],
+) -> tuple[str, ...]:
+    # Of the switches that are on those that have to be: mostly none, else a smallest set.
+    def says(names: tuple[str, ...]) -> bool:
+        tick(0)
+        base = silenced(release, names)
+        return speaks(on_release(steps, base), cause, base) is not None
+
+    if says(()):
+        return ()
+    for name in off:
+        less = tuple(other for other in off if other != name)
+        off = less if says(less) else off
+    return off
 
 
 def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
@@ -174,7 +223,7 @@ def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
         )
     if task.name == "shrink":
         suspect, cause = task.args
-        return _shrunk(suspect, cause, spec.release, tick)
+        return shrunk(suspect, cause, spec.release, tick)
     if task.name == "interleave":
         return interleave.carry_out(task.args[0], tick)
     assert task.name == "expand"
