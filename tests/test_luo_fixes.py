@@ -14,6 +14,7 @@ from khosim.explore.agent_calls import (
     finish_badly,
     preserve_sparse,
 )
+from khosim.explore.tokens import Token, ledger, reload
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.kvmalloc import KVMALLOC_MAX_BYTES
 
@@ -194,3 +195,35 @@ def test_the_name_of_a_retrieved_memfd(switch: str, path: str) -> None:
     kernel.liveupdate.create_session("vm").preserve(kernel.memfd("guest", size=PAGE), 1)
     file = kernel.kexec().liveupdate.retrieve_session("vm").retrieve(1)
     assert file.d_path() == path
+
+
+@pytest.mark.parametrize("switch", ["", "fix_flb_reload"])
+def test_a_module_that_is_loaded_again(switch: str) -> None:
+    """It is refused while the old one is used; then it must not find what was finished."""
+    kernel = boot(switch)
+    ledger(kernel)
+    session = kernel.liveupdate.create_session("vm")
+    session.preserve(Token(kernel, 7), 1)
+    kernel = kernel.kexec()
+    first = ledger(kernel)
+    session = kernel.liveupdate.retrieve_session("vm")
+    assert errno_of(reload, kernel, first) == errno.EAGAIN
+    kernel.liveupdate.flb_get_incoming(first)
+    session.finish()
+    assert errno_of(reload, kernel, first) == errno.EAGAIN
+    kernel.liveupdate.flb_put_incoming(first)
+    second = reload(kernel, first)
+    assert kernel.liveupdate.flb.state(second).incoming.retrieve_status == (0 if switch else -5)
+    assert any("no magic" in message for message in kernel.messages) == (not switch)
+
+
+def test_a_module_that_is_loaded_again_in_time() -> None:
+    """Before anybody has read the sessions it finds its object, also with the switch."""
+    kernel = boot("fix_flb_reload")
+    ledger(kernel)
+    kernel.liveupdate.create_session("vm").preserve(Token(kernel, 7), 1)
+    kernel = kernel.kexec()
+    second = reload(kernel, ledger(kernel))
+    assert kernel.liveupdate.flb.state(second).incoming.retrieve_status == 1
+    kernel.liveupdate.retrieve_session("vm").finish()
+    assert kernel.liveupdate.flb.state(second).incoming.finished

@@ -82,6 +82,23 @@ def _late_done(world: World, args: Args) -> None:
     world.items[args[0]].facts["flb"] = True
 
 
+def _reload_choices(world: World) -> list[Args]:
+    # Where one came and its files are done with, for else somebody uses it. Not one that refuses:
+    # its successor would be told so, of what it never asked for.
+    if "ledger" not in world.came or any(
+        item["type"] == "token" for item in world.of("file", "incoming", "arrived")
+    ):
+        return []
+    ledgers = [item for item in world.of("ledger", "held") if item["flb"] and not item["gets"]]
+    found = [(NEW, item.name) for item in ledgers if not item["refuses"]]
+    return found if _is_on(world) else []
+
+
+def _reloaded(world: World, args: Args) -> None:
+    world.drop(args[1])
+    world.add("ledger", args[0], gets=0, flb=True, asked=False, refuses="")
+
+
 def _ledger_get(world: World) -> list[Args]:
     needed = any(item["type"] == "token" for item in world.of("file", "preserved"))
     ledgers = [item for item in world.of("ledger", "held") if item["flb"]]
@@ -165,6 +182,17 @@ KINDS = (
         can_fail=False,
         weight=8,
         locks=True,
+    ),
+    Kind(
+        "reload",
+        "flb",
+        _reload_choices,
+        lambda w, g, old: f"{g} = reload(kernel, {old})",
+        _reloaded,
+        errnos=frozenset(("EAGAIN",)),
+        letter="g",
+        can_fail=False,
+        weight=30,
     ),
     Kind(
         "get_outgoing",

@@ -24,7 +24,7 @@ from khosim.explore.agent_calls import (
 from khosim.explore.expectations import is_expected_writer
 from khosim.explore.hazards import fixed
 from khosim.explore.oracles import Baseline, oracles
-from khosim.explore.tokens import Ledger, Token, TokenHandler, late_ledger, ledger, tokens
+from khosim.explore.tokens import Ledger, Token, TokenHandler, late_ledger, ledger, reload, tokens
 from khosim.faults.between import (
     Between,
     flipped,
@@ -80,6 +80,7 @@ __all__ = (
     "preserve_sparse",
     "read_debugfs",
     "regained_memory",
+    "reload",
     "restore_many",
     "retrieve_badly",
     "stale",

@@ -7,17 +7,19 @@ keep to the rules of ``include/linux/liveupdate.h`` @ 7.3.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from khosim.errors import KernelError
 from khosim.kernel.file import File
 from khosim.kernel.liveupdate.file_ops import FileHandler, LiveupdateFileOpArgs
 from khosim.kernel.liveupdate.flb_ops import Flb, LiveupdateFlbOpArgs
+from khosim.kernel.module import Module
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
 
-__all__ = ("Ledger", "Token", "TokenHandler", "late_ledger", "ledger", "tokens")
+__all__ = ("Ledger", "Token", "TokenHandler", "late_ledger", "ledger", "reload", "tokens")
 
 _BUSY = 1 << 63
 """In a token's page: its handler says once that it cannot be finished yet."""
@@ -45,7 +47,8 @@ class TokenHandler(FileHandler):
         """Tokens only."""
         return isinstance(file, Token)
 
-    def __init__(self) -> None:
+    def __init__(self, module: Module | None = None) -> None:
+        self.owner = module
         super().__init__()
         self.was_busy = False
 
@@ -103,8 +106,10 @@ class Ledger(Flb):
 
     compatible = "ledger-v1"
 
-    def __init__(self, refuses: str = "") -> None:
+    def __init__(self, refuses: str = "", handler: TokenHandler | None = None) -> None:
+        self.owner = handler.owner if handler else None
         super().__init__()
+        self.handler = handler
         self.is_open = False
         self.refuses = refuses
 
@@ -118,36 +123,60 @@ class Ledger(Flb):
         args.kernel.kho_unpreserve_free(args.obj)
 
     def retrieve(self, args: LiveupdateFlbOpArgs) -> None:
-        """Find it."""
+        """Take it over, or free it and say -EIO."""
+        page = args.kernel.kho_restore_folio(args.data)
+        if page is None:
+            raise KernelError(errno.EIO, "ledger_retrieve", "there is no such page")
         if self.refuses == "retrieve":
-            args.kernel.kho_restore_free(args.data)
+            page.put()
             raise KernelError(errno.EIO, "ledger_retrieve")
-        args.obj = args.data
+        args.obj = page
         self.is_open = True
 
     def finish(self, args: LiveupdateFlbOpArgs) -> None:
         """Free the predecessor's, unless a task died while it looked for it."""
         if args.obj is not None:
-            args.kernel.kho_restore_free(args.obj)
+            args.obj.put()
         self.is_open = False
 
 
 def tokens(kernel: Kernel) -> TokenHandler:
-    """Register tokens without a ledger; returns their handler."""
-    handler = TokenHandler()
+    """Register tokens without a ledger, as a module does; returns their handler."""
+    handler = TokenHandler(Module("tokens"))
     kernel.liveupdate.register_file_handler(handler)
     return handler
 
 
 def late_ledger(kernel: Kernel, handler: TokenHandler) -> Ledger:
     """Register a ledger for tokens that had none; returns it. Raises what is raised then."""
-    flb = Ledger()
+    flb = Ledger("", handler)
     kernel.liveupdate.register_flb(handler, flb)
     return flb
 
 
 def ledger(kernel: Kernel, refuses: str = "") -> Ledger:
     """Register tokens and their ledger with a kernel's orchestrator; returns the ledger."""
-    flb = Ledger(refuses)
-    kernel.liveupdate.register_flb(tokens(kernel), flb)
+    handler = tokens(kernel)
+    flb = Ledger(refuses, handler)
+    kernel.liveupdate.register_flb(handler, flb)
     return flb
+
+
+def reload(kernel: Kernel, flb: Ledger) -> Ledger:
+    """``rmmod`` and ``modprobe`` of the module with tokens and ledger; returns the new ledger.
+
+    As the kernel's own test does, the module looks for its ledger as soon as it is there. Raises
+    -EAGAIN (``EWOULDBLOCK``) while somebody uses the old one.
+    """
+    handler = flb.handler
+    assert handler is not None
+    assert handler.owner is not None
+    if handler.owner.refcnt:
+        raise KernelError(errno.EAGAIN, "delete_module", f"{handler.owner!r} is in use")
+    handler.owner.live = False
+    kernel.liveupdate.unregister_file_handler(handler)
+    new = ledger(kernel, flb.refuses)
+    with suppress(KernelError):  # -ENODATA, -ENOENT: there is none, or not any more
+        kernel.liveupdate.flb_get_incoming(new)
+        kernel.liveupdate.flb_put_incoming(new)
+    return new

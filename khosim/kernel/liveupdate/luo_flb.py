@@ -6,7 +6,9 @@ files need. Left out: locks.
 As in the kernel: the successor learns how many files need an object only when somebody retrieves
 it. A handler's files that are finished before that count down from 0: a warning, a saturated count,
 and no ``finish`` for the object. The kernel's own test retrieves all objects when its handler is
-registered. A reference of :meth:`LuoFlbs.get_outgoing` that is held at the jump is counted like a
+registered. That an object was retrieved or finished is kept with it, not with the predecessor's
+record: a module that is loaded again finds it once more. A reference of
+:meth:`LuoFlbs.get_outgoing` that is held at the jump is counted like a
 file, and nobody will give it back in the successor.
 """
 
@@ -83,6 +85,7 @@ class LuoFlbs:
     __slots__ = (
         "_kernel",
         "_private",
+        "asked",
         "incoming_pa",
         "links",
         "outgoing_pa",
@@ -96,6 +99,8 @@ class LuoFlbs:
         self.registered: list[LuoFlb] = []
         self.retrieved: list[LuoFlb] = []
         """One entry for each call of an object's ``retrieve``; for checkers, no kernel has it."""
+        self.asked: set[str] = set()
+        """No kernel has this yet: what was retrieved, or tried to, whoever registered it."""
         self.links: dict[FileHandler, list[LuoFlb]] = {}
         self.incoming_pa = 0
         self.outgoing_pa = 0
@@ -319,7 +324,13 @@ class LuoFlbs:
             self.put_incoming(private.flb)
 
     def _is_unknown(self, private: LuoFlb) -> bool:
-        return not self.incoming_pa or self._find(private.flb.compatible) is None
+        is_there = self.incoming_pa and self._find(private.flb.compatible) is not None
+        return not is_there or self._was_asked(private)
+
+    def _was_asked(self, private: LuoFlb) -> bool:
+        # Of a module that is not there any more.
+        is_kept = self._kernel.release.fix_flb_reload and not private.incoming.retrieve_status
+        return is_kept and private.flb.compatible in self.asked
 
     def _retrieve_one(self, flb: Flb) -> None:
         # luo_flb_retrieve_one
@@ -337,6 +348,8 @@ class LuoFlbs:
         ser = self._find(flb.compatible)
         if ser is None:
             raise KernelError(errno.ENOENT, symbol, f"{flb!r} was not handed over")
+        if self._was_asked(self.state(flb)):
+            raise KernelError(errno.ENODATA, symbol, f"{flb!r} was retrieved before")
         incoming.data = ser.data
         incoming.count.set(ser.count)
         if not try_module_get(flb.ops.owner):
@@ -344,6 +357,7 @@ class LuoFlbs:
         args = LiveupdateFlbOpArgs(kernel, flb, data=ser.data)
         assert flb.ops.retrieve is not None
         self.retrieved.append(self.state(flb))
+        self.asked.add(flb.compatible)
         status = 1
         try:
             flb.ops.retrieve(args)
