@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 
 from khosim.errors import InputError
@@ -198,10 +199,14 @@ def find_release(release: str | Release) -> Release:
         return _with_plugins(release)
     base, *changes = release.split("+")
     found = _named(base)
-    if changes:
-        values = dict(_change(release, found, text) for text in changes)
-        found = found.evolve(**{"name": release, **values})
-    return _with_plugins(found)
+    return _with_plugins(_changed(found, release, tuple(changes)) if changes else found)
+
+
+@lru_cache(maxsize=32)
+def _changed(base: Release, name: str, changes: tuple[str, ...]) -> Release:
+    # A search names the same one, with dozens of changes, several times in each run.
+    values = dict(_change(name, base, text) for text in changes)
+    return base.evolve(**{"name": name, **values})
 
 
 def option_release(name: str | None) -> Release | None:
