@@ -7,10 +7,12 @@ import errno
 import pytest
 
 from khosim import KernelError, Machine
+from khosim.abi import liveupdate as uapi
 from khosim.explore.agent_calls import (
     ask_device,
     ask_session,
     call_off,
+    create_32bit,
     finish_badly,
     preserve_sparse,
 )
@@ -227,3 +229,28 @@ def test_a_module_that_is_loaded_again_in_time() -> None:
     assert kernel.liveupdate.flb.state(second).incoming.retrieve_status == 1
     kernel.liveupdate.retrieve_session("vm").finish()
     assert kernel.liveupdate.flb.state(second).incoming.finished
+
+
+def test_an_agent_of_32_bits() -> None:
+    """No call of the device or of a session is there for it; with the switch all are."""
+    for switch in ("", "fix_ioctl_compat"):
+        kernel = boot(switch)
+        agent = kernel.process("agent", is_compat=True).fork()
+        session = agent.install(kernel.liveupdate.create_session("vm"))
+        fd = agent.open("/dev/liveupdate")
+        name, get = uapi.get_name(), uapi.LIVEUPDATE_SESSION_GET_NAME
+        create = uapi.create_session(b"other")
+        if switch:
+            assert agent.ioctl(session, get, name) == 0
+            assert agent.ioctl(fd, uapi.LIVEUPDATE_IOCTL_CREATE_SESSION, create) == 0
+            assert bytes(name[8:10]) == b"vm"
+            agent.close(fd)
+            create_32bit(kernel, "third")
+        else:
+            assert errno_of(agent.ioctl, session, get, name) == errno.ENOTTY
+            assert errno_of(agent.ioctl, fd, uapi.LIVEUPDATE_IOCTL_CREATE_SESSION, create) == (
+                errno.ENOTTY
+            )
+            agent.close(fd)
+            assert errno_of(create_32bit, kernel, "third") == errno.ENOTTY
+        assert "third" not in kernel.liveupdate.sessions.outgoing.sessions

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from khosim.kernel.liveupdate.luo_session import Session
     from khosim.kernel.memfd import Memfd
 
-__all__ = ("ask_device", "ask_session", "call_off", "finish_badly", "preserve_sparse")
+__all__ = (
+    "ask_device",
+    "ask_session",
+    "call_off",
+    "create_32bit",
+    "finish_badly",
+    "preserve_sparse",
+)
 
 
 def ask_device(kernel: Kernel, number: int) -> None:
@@ -36,6 +43,17 @@ def ask_session(session: Session, number: int) -> None:
     try:
         fd = process.install(session)
         process.ioctl(fd, uapi.liveupdate_io(number), bytearray(uapi.GET_NAME.size))
+    finally:
+        process.exit()
+
+
+def create_32bit(kernel: Kernel, name: str) -> None:
+    """An agent that is a program of 32 bits creates a session, and exits."""
+    process = kernel.process("agent", is_compat=True)
+    try:
+        fd = process.open("/dev/liveupdate")
+        asked = uapi.create_session(name.encode())
+        process.ioctl(fd, uapi.LIVEUPDATE_IOCTL_CREATE_SESSION, asked)
     finally:
         process.exit()
 

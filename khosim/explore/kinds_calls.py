@@ -43,6 +43,12 @@ def _session_choices(world: World) -> list[Args]:
     return [(item.name, number) for item in sessions for number in numbers]
 
 
+def _narrow_choices(world: World) -> list[Args]:
+    # Whose structures have no pointers and no padding: as wide as the kernel's.
+    taken = {item["name"] for item in world.of("session", "held")}
+    return [("narrow",)] if _is_on(world) and "narrow" not in taken else []
+
+
 # -- finishing -----------------------------------------------------------------------------------
 
 
@@ -128,6 +134,17 @@ KINDS = (
         errnos=frozenset(("ENOTTY",)),
         can_fail=False,
         weight=0.5,
+        locks=True,
+    ),
+    Kind(
+        "create_32bit",
+        "session",
+        _narrow_choices,
+        lambda w, name: f"create_32bit(kernel, {name!r})",
+        nothing,
+        opens=True,
+        can_fail=False,
+        weight=0.3,
         locks=True,
     ),
     Kind(

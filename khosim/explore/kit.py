@@ -18,6 +18,7 @@ from khosim.explore.agent_calls import (
     ask_device,
     ask_session,
     call_off,
+    create_32bit,
     finish_badly,
     preserve_sparse,
 )
@@ -63,6 +64,7 @@ __all__ = (
     "ask_session",
     "audit",
     "call_off",
+    "create_32bit",
     "failing",
     "failing_boot",
     "finish_badly",

@@ -369,6 +369,8 @@ class Release:
     """``luo_flb_retrieve_one``: a module that is loaded again finds no object that it had found."""
     fix_ioctl_number: bool = False
     """``luo_ioctl`` and ``luo_session_ioctl`` are -ENOTTY for a number that they do not know."""
+    fix_ioctl_compat: bool = False
+    """``luo_fops`` and ``luo_session_fops`` have ``compat_ioctl``, for programs of 32 bits."""
     fix_finish_fault: bool = False
     """``luo_session_finish`` has nothing to tell, and writes no answer."""
     fix_memfd_size: bool = False

@@ -9,7 +9,7 @@ locks. File descriptors belong to processes, not to files.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from khosim.errors import KernelError, KhoSimError
 
@@ -28,6 +28,8 @@ class File:
     """
 
     __slots__ = ("__weakref__", "f_count", "f_pos", "kernel", "name")
+    compat_behaviour: ClassVar[str] = ""
+    """The behaviour with which there is ``compat_ioctl``; "" for never."""
 
     def __init__(self, kernel: Kernel, name: str = "") -> None:
         kernel.check_alive()
@@ -66,6 +68,12 @@ class File:
     def ioctl(self, process: Process, cmd: int, arg: UserBuffer) -> int:
         """``f_op->unlocked_ioctl``: 0, or raises; -ENOTTY for a file without any."""
         raise KernelError(errno.ENOTTY, "vfs_ioctl", f"{self!r} has no ioctl {cmd:#x}")
+
+    def compat_ioctl(self, process: Process, cmd: int, arg: UserBuffer) -> int:
+        """``f_op->compat_ioctl``, for programs of 32 bits: -ENOTTY for a file without it."""
+        if self.compat_behaviour and getattr(self.kernel.release, self.compat_behaviour):
+            return self.ioctl(process, cmd, arg)  # compat_ptr_ioctl
+        raise KernelError(errno.ENOTTY, "compat_sys_ioctl", f"{self!r} has no compat_ioctl")
 
     def check_open(self) -> None:
         """Raise where a user holds on to a released file, or to one of a kernel that is gone."""

@@ -348,9 +348,11 @@ class Kernel(DirectMap, KhoCalls):
         """A memfd of ``size``; see :func:`khosim.kernel.memfd.memfd`."""
         return memfd(self, name, size=size, flags=flags, huge=huge, nid=nid)
 
-    def process(self, name: str = "", *, rlimit_nofile: int = 1024) -> Process:
+    def process(
+        self, name: str = "", *, rlimit_nofile: int = 1024, is_compat: bool = False
+    ) -> Process:
         """A new process, for those who think in file descriptors and ioctls."""
-        return Process(self, name, rlimit_nofile=rlimit_nofile)
+        return Process(self, name, rlimit_nofile=rlimit_nofile, is_compat=is_compat)
 
     def page(self, pfn: int) -> Page:
         """The ``struct page`` of ``pfn`` now, for people and tests."""

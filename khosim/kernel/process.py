@@ -1,10 +1,10 @@
 """A process: a table of file descriptors, and the system calls that live updates need.
 
 Models ``fs/file.c`` (``get_unused_fd_flags``, ``fd_install``, ``fget``, ``close_files``),
-``fs/ioctl.c:vfs_ioctl`` and ``kernel/task_work.c:task_work_run`` @ 7.3 as far as an agent uses
-them. Failing calls raise :class:`~khosim.errors.KernelError`. Descriptors 0 to 2 are somebody
-else's. Left out: memory, threads, permissions, ``exec`` (so ``O_CLOEXEC`` means nothing), the
-ioctls that every file has.
+``fs/ioctl.c`` (``vfs_ioctl``, ``compat_sys_ioctl``) and ``kernel/task_work.c:task_work_run`` @ 7.3
+as far as an agent uses them. Failing calls raise :class:`~khosim.errors.KernelError`. Descriptors 0
+to 2 are somebody else's. Left out: memory, threads, permissions, ``exec`` (so ``O_CLOEXEC`` means
+nothing), the ioctls that every file has.
 """
 
 from __future__ import annotations
@@ -26,15 +26,26 @@ _FIRST_FD = 3
 
 
 class Process:
-    """One process on one kernel; ``rlimit_nofile`` bounds its descriptors (``RLIMIT_NOFILE``)."""
+    """One process on one kernel; ``rlimit_nofile`` bounds its descriptors (``RLIMIT_NOFILE``).
 
-    __slots__ = ("_fds", "_next_fd", "exited", "kernel", "name", "rlimit_nofile")
+    ``is_compat`` is True for a program of 32 bits on a kernel of 64.
+    """
 
-    def __init__(self, kernel: Kernel, name: str = "", *, rlimit_nofile: int = 1024) -> None:
+    __slots__ = ("_fds", "_next_fd", "exited", "is_compat", "kernel", "name", "rlimit_nofile")
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        name: str = "",
+        *,
+        rlimit_nofile: int = 1024,
+        is_compat: bool = False,
+    ) -> None:
         kernel.check_alive()
         self.kernel = kernel
         self.name = name
         self.rlimit_nofile = rlimit_nofile
+        self.is_compat = is_compat
         self.exited = False
         self._fds: dict[int, File | None] = {}
         self._next_fd = _FIRST_FD  # no lower one is free
@@ -138,7 +149,8 @@ class Process:
 
     def ioctl(self, fd: int, cmd: int, arg: UserBuffer = None) -> int:
         """``ioctl``: 0, and ``arg`` may have changed; raises -EBADF, and -ENOTTY."""
-        return self.file(fd).ioctl(self, cmd, arg)
+        file = self.file(fd)
+        return file.compat_ioctl(self, cmd, arg) if self.is_compat else file.ioctl(self, cmd, arg)
 
     def readlink(self, fd: int) -> str:
         """``readlink("/proc/self/fd/FD")``: raises -EBADF, and -ENAMETOOLONG."""
@@ -147,7 +159,12 @@ class Process:
     def fork(self, name: str = "") -> Process:
         """``fork``: a child with the same open files."""
         self._check()
-        child = Process(self.kernel, name or self.name, rlimit_nofile=self.rlimit_nofile)
+        child = Process(
+            self.kernel,
+            name or self.name,
+            rlimit_nofile=self.rlimit_nofile,
+            is_compat=self.is_compat,
+        )
         for fd, file in self.files.items():
             file.get_file()
             child.fd_install(fd, file)

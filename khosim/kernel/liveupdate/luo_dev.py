@@ -27,6 +27,7 @@ class LiveupdateDevice(File):
     """The open device; made by :meth:`khosim.kernel.liveupdate.luo_core.Luo.open`."""
 
     __slots__ = ("_luo",)
+    compat_behaviour = "fix_ioctl_compat"
 
     def __init__(self, luo: Luo) -> None:
         """``luo_open``; raises -ENOENT without a device, -EBUSY, -EIO."""

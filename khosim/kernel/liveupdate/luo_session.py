@@ -91,6 +91,7 @@ class Session(File):
     """
 
     __slots__ = ("_luo", "session")
+    compat_behaviour = "fix_ioctl_compat"
 
     def __init__(self, luo: Luo, session: LuoSession) -> None:
         super().__init__(luo.kernel, session.name)
