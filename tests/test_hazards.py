@@ -31,6 +31,7 @@ REFUSED = {
     "fix_flb_late": "KernelError: liveupdate_register_flb: -EBUSY",
     "fix_ioctl_number": "KernelError: luo_ioctl: -ENOTTY",
     "fix_memfd_reader": "KernelError: memfd_luo_preserve: -ENOTSUP",
+    "fix_memfd_poison": "KernelError: memfd_luo_freeze: -EBUSY",
     "fix_memfd_holes": "KernelError: memfd_pin_folios: -ENOMEM",
 }
 """What a release with the switch says instead, where the program cannot go on."""

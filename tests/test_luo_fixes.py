@@ -14,6 +14,8 @@ from khosim.explore.agent_calls import (
     call_off,
     create_32bit,
     finish_badly,
+    is_poisoned,
+    memory_failure,
     preserve_sparse,
 )
 from khosim.explore.tokens import Token, ledger, reload
@@ -254,3 +256,55 @@ def test_an_agent_of_32_bits() -> None:
             agent.close(fd)
             assert errno_of(create_32bit, kernel, "third") == errno.ENOTTY
         assert "third" not in kernel.liveupdate.sessions.outgoing.sessions
+
+
+def test_a_poisoned_page_is_not_used() -> None:
+    """Reading, writing and faults are refused; its neighbours are as they were."""
+    kernel = boot()
+    file = kernel.memfd("m", size=3 * PAGE)
+    assert errno_of(memory_failure, file, PAGE) == errno.ENXIO
+    file.write(0, b"x" * (3 * PAGE))
+    memory_failure(file, PAGE + 7)
+    assert is_poisoned(file, PAGE)
+    assert is_poisoned(file, 2 * PAGE - 1)
+    assert not is_poisoned(file, PAGE - 1)
+    assert not is_poisoned(file, 2 * PAGE)
+    assert errno_of(file.write, PAGE, b"y") == errno.EIO
+    assert errno_of(file.store, PAGE - 1, b"yy") == errno.EFAULT
+    assert file.write(2 * PAGE, b"y") == 1
+
+
+def test_a_poisoned_page_is_not_free_again() -> None:
+    """Of three pages two can be had when the file is closed."""
+    kernel = boot()
+    before = sum(zone.nr_free_pages() for zone in kernel.pages.zones)
+    file = kernel.memfd("m", size=3 * PAGE)
+    file.write(0, b"x" * (3 * PAGE))
+    memory_failure(file, PAGE)
+    file.close()
+    assert before - sum(zone.nr_free_pages() for zone in kernel.pages.zones) == 1
+    huge = kernel.memfd("h", size="4M", huge="always")
+    huge.write(0, b"x")
+    assert errno_of(memory_failure, huge, 0) == errno.EBUSY
+
+
+@pytest.mark.parametrize("switch", ["", "fix_memfd_poison"])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_poisoned_page_is_handed_over(switch: str, *, is_late: bool) -> None:
+    """As a good one; with the switch preserving it is -EBUSY, or the kexec."""
+    kernel = boot(switch)
+    session = kernel.liveupdate.create_session("vm")
+    file = kernel.memfd("m", size=PAGE)
+    file.write(0, b"x")
+    if is_late:
+        session.preserve(file, 1)
+    memory_failure(file, 0)
+    if switch:
+        assert errno_of(*((kernel.kexec,) if is_late else (session.preserve, file, 1))) == (
+            errno.EBUSY
+        )
+        return
+    if not is_late:
+        session.preserve(file, 1)
+    file = kernel.kexec().liveupdate.retrieve_session("vm").retrieve(1)
+    assert not is_poisoned(file, 0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from khosim.abi import liveupdate as uapi
 from khosim.errors import KernelError
+from khosim.kernel.memory_failure import memory_failure
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
@@ -22,6 +23,8 @@ __all__ = (
     "call_off",
     "create_32bit",
     "finish_badly",
+    "is_poisoned",
+    "memory_failure",
     "preserve_sparse",
 )
 
@@ -88,6 +91,15 @@ def call_off(kernel: Kernel, file: Memfd) -> None:
         if file.inode.alloced > before:
             more = file.inode.alloced - before
             raise AssertionError(f"the file has {more} pages more, though it is not preserved")
+
+
+def is_poisoned(file: Memfd, offset: int) -> bool:
+    """Whether reading there says that the memory is broken: -EIO."""
+    try:
+        file.read(offset, 1)
+    except KernelError as refused:
+        return refused.name == "EIO"
+    return False
 
 
 def preserve_sparse(kernel: Kernel, size_bytes: int) -> None:

@@ -85,6 +85,12 @@ EXPECTATIONS = (
         "release_by_name has no need of.",
     ),
     Expectation(
+        "poisoned-pages-stay",
+        "leak",
+        "PG_hwpoison",
+        "Memory that is broken is not handed out again.",
+    ),
+    Expectation(
         "devices-write-on",
         "writer",
         "device",

@@ -106,6 +106,17 @@ def _reader_done(world: World, args: Args) -> None:
     world.add("file", args[0], type="reader", session="", was="", size=args[1], tags=tags)
 
 
+def _poison_choices(world: World) -> list[Args]:
+    # Where something was written, for there is a page.
+    files = [item for item in world.of("file", "held", "preserved") if item["type"] == "memfd"]
+    return [(item.name, at) for item in files for at, _ in item["tags"]]
+
+
+def _poisoned(world: World, args: Args) -> None:
+    item = world.items[args[0]]
+    item.facts.update(type="poisoned", tags=(), poison=args[1])
+
+
 def _readlink_choices(world: World) -> list[Args]:
     # Of those that were made here it says what they are.
     files = world.of("file", "arrived")
@@ -203,5 +214,15 @@ KINDS = (
         can_fail=False,
         goes_on=True,
         weight=4,
+    ),
+    Kind(
+        "memory_failure",
+        "memfd",
+        _poison_choices,
+        lambda w, m, at: f"memory_failure({m}, {at})",
+        _poisoned,
+        errnos=frozenset(("EBUSY",)),
+        can_fail=False,
+        weight=1,
     ),
 )

@@ -172,7 +172,9 @@ def _file_source(world: World, session: str, name: str, token: int, kind: str) -
     item = world.items[name]
     tag = "".join(f'\nassert {name}.read({at}, 1) == b"{text}"' for at, text in item["tags"])
     size, written = item["size"], len(item["tags"])
-    if written < size <= 1 << 16:
+    if item["type"] == "poisoned":
+        tag = f"\nassert is_poisoned({name}, {item['poison']})"
+    elif written < size <= 1 << 16:
         tag += f"\nassert {name}.read(0, {size}).count(0) == {size - written}"
     if item["type"] == "reader":
         tag += f"\nassert {name}.is_writable == {was}.is_writable"

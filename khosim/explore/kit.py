@@ -20,6 +20,8 @@ from khosim.explore.agent_calls import (
     call_off,
     create_32bit,
     finish_badly,
+    is_poisoned,
+    memory_failure,
     preserve_sparse,
 )
 from khosim.explore.expectations import is_expected_writer
@@ -70,10 +72,12 @@ __all__ = (
     "finish_badly",
     "fixed",
     "flipped",
+    "is_poisoned",
     "kill",
     "late_ledger",
     "ledger",
     "lost_memory",
+    "memory_failure",
     "oops",
     "overwritten",
     "places",

@@ -379,6 +379,8 @@ class Release:
     """``memfd_luo_preserve``: -EOPNOTSUPP for a file that is open for reading only."""
     fix_memfd_name: bool = False
     """``memfd_luo_retrieve``: a memfd is called one in ``/proc/PID/fd``."""
+    fix_memfd_poison: bool = False
+    """``memfd_luo_preserve`` and ``_freeze``: -EBUSY for a file with a poisoned page."""
     fix_memfd_holes: bool = False
     """Holes that ``memfd_luo_preserve`` filled are holes again when it fails or is called off."""
 

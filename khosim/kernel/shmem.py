@@ -7,7 +7,7 @@ kernel does folio by folio is done for whole runs where nothing can tell the dif
 are in RAM and nowhere else.
 
 Left out: swap, quotas and size limits, memory policy but for one preferred node, memory cgroups
-(their refusals can be injected), userfaultfd, hardware poison.
+(their refusals can be injected), userfaultfd.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from khosim.abi.memfd import F_SEAL_SEAL
 from khosim.errors import InputError, KernelPanic
 from khosim.kernel.folio_range import put_folio_range
+from khosim.kernel.memory_failure import keep_poisoned
 from khosim.kernel.page_cache import AddressSpace, CacheRun
 from khosim.kernel.slab import may_fail
 
@@ -77,6 +78,7 @@ class ShmemInode:
         "kernel",
         "mapping",
         "nid",
+        "poisoned",
         "seals",
     )
 
@@ -98,6 +100,8 @@ class ShmemInode:
         self.nid = nid
         self.detached: list[CacheRun] = []
         """Pinned folios that were removed from the file: freed when their last pin goes."""
+        self.poisoned: set[int] = set()
+        """Pages of the file with ``PG_hwpoison``; see :mod:`khosim.kernel.memory_failure`."""
 
     @property
     def frozen(self) -> bool:
@@ -327,7 +331,7 @@ class ShmemInode:
 
         Pinned ones stay in memory until they are unpinned.
         """
-        for run in runs:
+        for run in keep_poisoned(self, runs) if self.poisoned else runs:
             if run.pins:
                 self.detached.append(run)
             else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from khosim.abi.memfd import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_WRITE
 from khosim.errors import KernelError
 from khosim.kernel.file import File
+from khosim.kernel.memory_failure import check_poison
 from khosim.kernel.shmem import (
     MAX_LFS_FILESIZE,
     SGP_CACHE,
@@ -102,6 +103,8 @@ class ShmemFile(File):
             return -errno.EPERM, 0
         if end > inode.i_size and (inode.seals & F_SEAL_GROW or inode.frozen):
             return -errno.EPERM, 0
+        if inode.poisoned:
+            check_poison(inode, at, end, errno.EIO, "shmem_write_begin")
         shift = self.kernel.arch.page_shift
         first = at >> shift
         error, reached = inode.get_folios(first, -(-end >> shift), SGP_WRITE, write_end=end)
@@ -138,6 +141,8 @@ class ShmemFile(File):
         if offset < 0 or len_bytes < 0:
             raise KernelError(errno.EINVAL, "pread", f"[{offset}, +{len_bytes})")
         end = min(self.inode.i_size, offset + len_bytes)
+        if self.inode.poisoned:
+            check_poison(self.inode, offset, end, errno.EIO, "shmem_file_read_iter")
         pieces = []
         at = offset
         for start, phys, size in self.extents(offset, end):
@@ -165,6 +170,8 @@ class ShmemFile(File):
         if not view.nbytes:
             return
         last = -(-(offset + view.nbytes) >> shift)
+        if inode.poisoned:
+            check_poison(inode, offset, last << shift, errno.EFAULT, "shmem_fault")
         error, reached = (-errno.EINVAL, 0)
         if offset >= 0:
             error, reached = inode.get_folios(offset >> shift, last, SGP_CACHE)

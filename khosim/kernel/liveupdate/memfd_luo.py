@@ -13,6 +13,7 @@ What the kernel loses or leaves behind here:
 * Seals that are added after ``preserve`` are lost, and so are folios behind the end of the file.
 * ``F_SEAL_EXEC`` comes back with all seals against writing: the new file's mode allows execution.
 * A file that was open for reading only comes back writable, and without ``memfd:`` in its name.
+* A page whose memory is broken is handed over like any other.
 * A ``retrieve`` that refuses the seals or cannot restore the records gives up the folios: they stay
   reserved until the next kexec.
 
@@ -100,6 +101,8 @@ class MemfdLuoHandler(FileHandler):
         symbol = "memfd_luo_preserve"
         if kernel.release.fix_memfd_reader and not file.is_writable:
             raise KernelError(errno.EOPNOTSUPP, symbol, "it is open for reading only")
+        if kernel.release.fix_memfd_poison and inode.poisoned:
+            raise KernelError(errno.EBUSY, symbol, "a page of it is poisoned")
         inode.shmem_freeze(True)
         holes = holes_of(inode) if kernel.release.fix_memfd_holes else []
         ser: Folio | None = None
@@ -141,11 +144,12 @@ class MemfdLuoHandler(FileHandler):
         if not args.serialized_data:
             kernel.warn_once(f"WARNING: {symbol}: nothing was preserved", symbol)
             raise KernelError(errno.EINVAL, symbol, "nothing was preserved")
-        assert args.file is not None
+        assert isinstance(args.file, Memfd)
+        if kernel.release.fix_memfd_poison and args.file.inode.poisoned:
+            raise KernelError(errno.EBUSY, symbol, "a page of it is poisoned")
         ser = kernel.virt(args.serialized_data, self.layout.ser_bytes)
         kernel.ram.write_u64(ser + MEMFD_LUO_SER_POS_OFFSET, args.file.f_pos, kernel.by(symbol))
         if kernel.release.fix_memfd_seals and self.layout.seals_offset:
-            assert isinstance(args.file, Memfd)
             seals = args.file.inode.seals
             kernel.ram.write_u32(ser + self.layout.seals_offset, seals, kernel.by(symbol))
         if kernel.trace is not None:
