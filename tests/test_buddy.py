@@ -367,3 +367,50 @@ def test_cma_is_no_fallback() -> None:
     of.free_range(16, 32, CMA)
     assert of.fallback(0, UNMOVABLE) is None
     assert of.fallback(0, MOVABLE) is None
+
+
+def test_the_block_that_holds_a_page() -> None:
+    """Found on the list of its order, or in the middle of a run of largest blocks."""
+    of = zone()
+    of.free_range(66, 68, MOVABLE)
+    of.free_range(80, 128, CMA)
+    of.free_range(160, 176, CMA)
+    assert of.block_at(67, 0, TYPES) == (MOVABLE, 1, 66)
+    assert of.block_at(66, 1, TYPES) == (MOVABLE, 1, 66)
+    assert of.block_at(67, 0, (CMA,)) is None
+    assert of.block_at(65, 0, TYPES) is None
+    assert of.block_at(66, 2, TYPES) is None
+    assert of.block_at(117, 2, TYPES) == (CMA, 4, 112)
+    assert of.block_at(128, 0, TYPES) is None
+    assert of.max_run_at(CMA, 127) == (80, 3)
+    assert of.max_run_at(CMA, 175) == (160, 1)
+
+
+@pytest.mark.parametrize("nr_others", [0, 1, 20])
+def test_claiming_where_the_list_is_long(nr_others: int) -> None:
+    """The free pages of a pageblock are found in a long list as in a short one."""
+    of = zone()
+    for n in range(nr_others):
+        of.free_one_page(64 + 2 * n, 0, MOVABLE)
+    for pfn in (46, 43, 40):
+        of.free_one_page(pfn, 0, MOVABLE)
+    assert of.fallback(0, UNMOVABLE) == (UNMOVABLE, 0)
+    assert lists(of)[UNMOVABLE, 0] == [40, 43, 46]
+    assert of.nr_free == [3, nr_others, 0]
+    assert of.pageblocks.runs(40, 64) == [(40, 48, UNMOVABLE), (48, 64, MOVABLE)]
+
+
+def test_what_is_kept_from_a_block_leaves_the_rest_at_the_heads() -> None:
+    """make_alloc_exact: the pages behind the wanted ones are freed like any other."""
+    of = zone()
+    for start, end in ((65, 66), (70, 72), (76, 80)):
+        of.free_range(start, end, MOVABLE)
+    of.free_range(16, 32, MOVABLE)
+    of.take(MOVABLE, 4, 16)
+    of.keep_first(MOVABLE, 16, 4, 9)
+    assert lists(of) == {
+        (MOVABLE, 0): [25, 65],
+        (MOVABLE, 1): [26, 70],
+        (MOVABLE, 2): [28, 76],
+    }
+    assert of.nr_free == [0, 14, 0]

@@ -180,7 +180,9 @@ def _in_fork(work: Callable[[], Any], *, cpu_seconds: int) -> Any:
 def with_tests(files: Sequence[str], work: Callable[[Session], None]) -> None:
     """Collect the tests of ``files``, and do ``work`` with them."""
     session = Session(work)
-    quiet = ["-q", "-s", "-p", "no:cacheprovider", "-n0", *files]
+    # khosim is imported long since, as pytest notices where it is installed with its plugin.
+    known = "ignore::pytest.PytestAssertRewriteWarning"
+    quiet = ["-q", "-s", "-p", "no:cacheprovider", "-n0", "-W", known, *files]
     with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stdout(nothing):
         status = pytest.main(quiet, plugins=[session])
     if status != pytest.ExitCode.OK:
