@@ -1,4 +1,4 @@
-"""Corners of memblock that only a changed memblock shows: each was once untested, or not quickly."""
+"""Corners of memblock that only a changed memblock shows: each was once untested, or not soon."""
 
 from __future__ import annotations
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from inspect import unwrap
 from pathlib import Path
+from subprocess import run
 
 import pytest
 
 from benchmarks.mutants import reasons, sample, switches
+from benchmarks.mutants.__main__ import main
 from benchmarks.mutants.sample import Mutant, draw, install
 from benchmarks.mutants.switches import Flip, flips, judge, pair
 from khosim import units
@@ -94,3 +97,24 @@ def test_mutants_are_drawn_from_a_seed() -> None:
     for mutant in found:
         assert mutant.was != mutant.now
         assert sample._path("khosim.units").read_text(encoding="utf-8") != mutant.source
+
+
+def test_more_runs_are_for_what_nobody_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A flip that one run does not show is searched on; one with a reason, or noticed, is not."""
+    assert main(["switches", "--runs", "1", "--more-runs", "20", "--only", "*scratch_al*"]) == 0
+    assert "scratch_alignment=pageblock" in capsys.readouterr().out
+    assert main(["switches", "--runs", "1", "--more-runs", "20", "--only", "fix_memfd_nam*"]) == 0
+    assert "search (run" in capsys.readouterr().out
+    assert main(["switches", "--runs", "1", "--only", "fix_memfd_name"]) == 1
+    assert "UNEXPLAINED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_tests_are_collected_beside_the_plugin() -> None:
+    """pytest warns of khosim's plugin, which is imported already: that must not end the run."""
+    code = (
+        "from benchmarks.mutants.runner import with_tests;"
+        f"with_tests([{str(Path(__file__).with_name('test_units.py'))!r}], lambda session: None)"
+    )
+    done = run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

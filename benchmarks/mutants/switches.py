@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ("LOOKERS", "Flip", "Noticed", "flips", "judge", "pair")
 
-SCENARIOS = ("all", "sessions", "memfd", "shared", "vmalloc", "reserve-mem", "pages", "successors")
+SCENARIOS = (
+    *("all", "sessions", "memfd", "shared", "vmalloc", "reserve-mem", "pages", "successors"),
+    *("subtrees", "oops"),
+)
 LOOKERS = ("search", "pair", "museum")
 """Who looks."""
 _CMDLINE = "kho=on liveupdate=on reserve_mem=64K:4096:oops"

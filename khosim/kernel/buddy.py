@@ -233,8 +233,6 @@ class Zone:
         when it takes it.
         """
         other = UNMOVABLE if start_type == MOVABLE else MOVABLE
-        if self.nr_free[other] < 1 << order:
-            return None
         pageblock_order = self.pageblocks.order
         # should_try_claim_block: small movable allocations rather pollute than claim.
         lowest = max(order, pageblock_order // 2) if start_type == MOVABLE else order

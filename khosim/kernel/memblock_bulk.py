@@ -95,7 +95,7 @@ def _one_by_one(memblock: Memblock, starts: Addresses, ends: Addresses, noinit: 
     for start, end in zip(map(int, starts), map(int, ends), strict=True):
         phys, size = start, end - start
         cnt = len(array.base)
-        if 0 < cnt <= array.max - 3 and phys < end <= PHYS_ADDR_MAX:
+        if cnt <= array.max - 3 and phys < end <= PHYS_ADDR_MAX:
             idx = bisect_right(array.end, phys)
             if idx == cnt or array.base[idx] >= end:
                 array.insert_merged(idx, phys, end, NUMA_NO_NODE, flags)

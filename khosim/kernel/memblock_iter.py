@@ -100,9 +100,6 @@ def free_ranges(
         if r_start >= m_end:
             idx_a += 1
             continue
-        if m_start >= r_end:
-            idx_b += 1
-            continue
         if m_end <= r_end:
             idx_a += 1
         else:
@@ -133,9 +130,6 @@ def free_ranges_reverse(
         r_end = reserved.base[idx_b] if idx_b < len(reserved.base) else PHYS_ADDR_MAX
         if r_end <= m_start:
             idx_a -= 1
-            continue
-        if m_end <= r_start:
-            idx_b -= 1
             continue
         end = m_end
         if r_end < end:

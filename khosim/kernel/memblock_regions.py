@@ -195,13 +195,8 @@ class RegionArray:
 
     def remove(self, start_rgn: int, end_rgn: int) -> None:
         """Delete the regions ``start_rgn`` to ``end_rgn`` and take them off ``total_size``."""
-        if start_rgn >= end_rgn:
-            return
         span = slice(start_rgn, end_rgn)
-        if end_rgn - start_rgn == 1:
-            self.total_size -= self.end[start_rgn] - self.base[start_rgn]
-        else:
-            self.total_size -= sum(self.end[span]) - sum(self.base[span])
+        self.total_size -= sum(self.end[span]) - sum(self.base[span])
         del self.base[span], self.end[span], self.flags[span], self.nid[span]
 
     def merge(self, start_rgn: int, end_rgn: int) -> None:
