@@ -216,6 +216,31 @@ def test_spoilt_metadata(offset: int | None, data: bytes, code: str) -> None:
     assert (found.previous_release if found else None) == expected
 
 
+def test_a_record_too_short_for_its_version() -> None:
+    """Three bytes tell no version, not even that it is another one."""
+    ram, known = image()
+    blob = known["subtrees"]["kexec-metadata"]
+    at = bytes.fromhex(known["fdt"]).index(struct.pack("<Q", blob["size"]))
+    poke(ram, known["fdt_phys"] + at, struct.pack("<Q", 3))
+    poke(ram, blob["phys"], b"\2")
+    assert codes(decode_handover(ram, known["fdt_phys"], 4096)) == {"metadata-size"}
+
+
+@pytest.mark.parametrize(
+    ("start", "size"), [(0x4000, 0), (1 << 52, 4096), ((1 << 52) - 4096, 4097)]
+)
+def test_regions_that_no_machine_has(start: int, size: int) -> None:
+    """A region of no bytes, or one that passes the last address, is named and left out."""
+    ram, known = image()
+    blob, region = known["subtrees"]["memblock"], (962592768, 2 << 20)
+    old = bytes.fromhex(blob["hex"])
+    poke(ram, blob["phys"] + old.index(struct.pack("<Q", region[0])), struct.pack("<Q", start))
+    poke(ram, blob["phys"] + old.index(struct.pack("<Q", region[1])), struct.pack("<Q", size))
+    handover = decode_handover(ram, known["fdt_phys"], 4096)
+    assert codes(handover) == {"memblock-region"}
+    assert handover.reserve_mem == {}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "code"),
     [

@@ -146,6 +146,16 @@ def test_spoilt_header(offset: int, value: int, expected: list[str]) -> None:
     assert set(expected) <= set(codes(parse_fdt(bytes(data))))
 
 
+@pytest.mark.parametrize(("last_comp", "is_read"), [(15, True), (17, True), (18, False)])
+def test_a_blob_for_readers_as_new_as_this_is_read(last_comp: int, is_read: bool) -> None:
+    """It is named, as libfdt writes none, and read unless it needs a newer reader."""
+    data = bytearray(blob(SMALL))
+    struct.pack_into(">I", data, 24, last_comp)
+    found = parse_fdt(bytes(data))
+    assert codes(found) == ["fdt-version"]
+    assert (found.root is not None) == is_read
+
+
 def repr_short(value: object) -> str:
     """A name for a parameter: the problems, or how long the bytes are."""
     return "-".join(value) or "sound" if isinstance(value, list) else f"{len(value)} bytes"

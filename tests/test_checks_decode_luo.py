@@ -417,7 +417,71 @@ def test_a_full_chunk_needs_another() -> None:
     assert len(memfd.pfn) == 256 * 511
 
 
-@pytest.mark.parametrize("spoil", [_far_index, _same_index, _same_folio])
+FIELDS = [
+    ("sessions", 0, 0x123, "luo-pointer"),
+    ("sessions", 8, 52, "block-count"),
+    ("files", 8, 64, "block-count"),
+    ("files", 16 + 48, 0, "luo-pointer"),
+    ("record", 0, 1 << 63, "memfd-pos"),
+    ("record", 8, 1 << 63, "memfd-size"),
+    ("record", 16, 0x40, "memfd-seals"),
+    ("record", 20, 1, "memfd-flags"),
+    ("record", 24, 300, "memfd-folios"),
+    ("record", 32, 0, "vmalloc-chunk"),
+    ("record", 40, 2, "vmalloc-pages"),
+    ("record", 44, 5, "vmalloc-flags"),
+    ("record", 46, 19, "vmalloc-order"),
+]
+
+
+@pytest.mark.parametrize(("base", "offset", "value", "code"), FIELDS)
+def test_a_wrong_field_is_told_with_its_address(
+    base: str, offset: int, value: int, code: str
+) -> None:
+    """A problem stands at the field that is wrong, for who looks at the bytes."""
+    ram, blob = two_files()
+    sessions = word(ram, blob.start + SESSIONS)
+    files = word(ram, sessions + 16 + 64)
+    record = word(ram, files + 16 + 48)
+    wide = {16: 4, 20: 4, 40: 4, 44: 2, 46: 2}.get(offset, 8) if base == "record" else 8
+    _set(base, offset, value, wide)(ram, sessions, files, record)
+    at = {"sessions": sessions, "files": files, "record": record}[base] + offset
+    assert (code, at) in [(problem.code, problem.phys) for problem in ram.decode(blob).problems]
+
+
+@pytest.mark.parametrize(("chunk", "index"), [(0, 0), (0, 1), (0, 510), (1, 0), (1, 2)])
+def test_a_wrong_piece_of_an_array_is_told_with_its_pointer(chunk: int, index: int) -> None:
+    """The pointer in its chunk is what is wrong, in the first chunk and in a later one."""
+    ram, blob = two_files()
+    record = word(ram, word(ram, word(ram, blob.start + SESSIONS) + 16 + 64) + 16 + 48)
+    area = ram.vmalloc(bytes(514 * 4096))
+    ram.poke(record + 32, area)
+    page = word(ram, record + 32)
+    for _ in range(chunk):
+        page = word(ram, page)
+    at = page + 8 + 8 * index
+    ram.poke(at, b"\x01")
+    problems = ram.decode(blob, content=False).problems
+    path = f"/LUO/sessions[0]/files[0]/folios/areas[{511 * chunk + index}]"
+    assert (at, path) in [(problem.phys, problem.path) for problem in problems]
+
+
+def test_a_page_full_of_flbs() -> None:
+    """As many as there is room for are read, and one more is too many."""
+    ram = Builder()
+    room = (4096 - 16) // 64
+    entries = b"".join(struct.pack("<48sQQ", b"flb-%d" % n, 0, 1) for n in range(room))
+    page = ram.page(struct.pack("<QQ", 1, room) + entries)
+    blob = ram.luo([], page)
+    luo = ram.decode(blob)
+    assert luo.problems == ()
+    assert luo.flbs is not None
+    assert [flb.name for flb in luo.flbs] == [f"flb-{n}" for n in range(room)]
+    ram.poke(page + 8, struct.pack("<Q", room + 1))
+    assert codes(ram.decode(blob)) == ["luo-flb"]
+
+
+@pytest.mark.parametrize("spoil", [_far_index, _same_index, _same_folio, _no_room])
 def test_folios_that_contradict_each_other_have_no_digest(spoil: Spoil) -> None:
     """What the content is cannot be told, and is not."""
     ram, blob = two_files()

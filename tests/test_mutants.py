@@ -13,10 +13,11 @@ import pytest
 from benchmarks.mutants import reasons, sample, switches
 from benchmarks.mutants.__main__ import main
 from benchmarks.mutants.sample import Mutant, draw, install
-from benchmarks.mutants.switches import Flip, flips, judge, pair
+from benchmarks.mutants.switches import Flip, Noticed, flips, judge, pair
 from khosim import units
 from khosim.explore.coverage import clear_caches
 from khosim.explore.hazards import SWITCHES, fixed
+from khosim.kernel.behaviours import Release
 
 BASE = fixed("7.3")
 
@@ -99,14 +100,32 @@ def test_mutants_are_drawn_from_a_seed() -> None:
         assert sample._path("khosim.units").read_text(encoding="utf-8") != mutant.source
 
 
-def test_more_runs_are_for_what_nobody_noticed(capsys: pytest.CaptureFixture[str]) -> None:
-    """A flip that one run does not show is searched on; one with a reason, or noticed, is not."""
-    assert main(["switches", "--runs", "1", "--more-runs", "20", "--only", "*scratch_al*"]) == 0
-    assert "scratch_alignment=pageblock" in capsys.readouterr().out
-    assert main(["switches", "--runs", "1", "--more-runs", "20", "--only", "fix_memfd_nam*"]) == 0
-    assert "search (run" in capsys.readouterr().out
-    assert main(["switches", "--runs", "1", "--only", "fix_memfd_name"]) == 1
-    assert "UNEXPLAINED" in capsys.readouterr().out
+def test_more_runs_are_for_what_nobody_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flip that few runs do not show is searched on; one with a reason, or noticed, is not."""
+    asked: list[tuple[str, int]] = []
+
+    def fake(flip: Flip, base: Release, runs: int, seed: int) -> Noticed:
+        asked.append((flip.name, runs))
+        is_seen = flip.name == "fix_kho_off" or (flip.name.startswith("fix_") and runs > 9)
+        return Noticed(flip, {"search": "a rule"} if is_seen else {}, runs)
+
+    monkeypatch.setattr("benchmarks.mutants.__main__.judge", fake)
+    argv = ["switches", "--runs", "9", "--only"]
+    for name, more, status, runs in (
+        ("scratch_alignmen?", 20, 0, [9]),
+        ("fix_kho_off", 20, 0, [9]),
+        ("fix_mem_limit", 20, 0, [9, 20]),
+        ("fix_mem_limit", 0, 1, [9]),
+    ):
+        asked.clear()
+        assert main([*argv, name, "--more-runs", str(more)]) == status
+        assert [made for _, made in asked] == runs
+        assert ("UNEXPLAINED" in capsys.readouterr().out) == bool(status)
+    asked.clear()
+    main([*argv, "fix_*", "--json"])
+    assert [name for name, _ in asked] == list(SWITCHES)
 
 
 @pytest.mark.slow
