@@ -29,6 +29,7 @@ REFUSED = {
     "fix_preserve_in_scratch": "KernelError: kho_preserve_folio: -EINVAL",
     "fix_preserve_fault": "KernelError: copy_to_user: -EFAULT",
     "fix_flb_late": "KernelError: liveupdate_register_flb: -EBUSY",
+    "fix_flb_handler": "KernelError: liveupdate_register_flb: -EINVAL",
     "fix_ioctl_number": "KernelError: luo_ioctl: -ENOTTY",
     "fix_memfd_reader": "KernelError: memfd_luo_preserve: -ENOTSUP",
     "fix_memfd_poison": "KernelError: memfd_luo_freeze: -EBUSY",

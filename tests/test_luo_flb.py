@@ -324,7 +324,7 @@ def test_a_count_of_objects_beyond_memory() -> None:
 
 
 def test_registering() -> None:
-    """-EEXIST twice over, -EINVAL for missing callbacks and unknown handlers, -ENOMEM."""
+    """-EEXIST twice over, -EINVAL for missing callbacks, -ENOMEM."""
     _, kernel, _, (flb,), _ = boot()
     luo = kernel.liveupdate
     handler = luo.handlers["thing-v1"]
@@ -333,7 +333,6 @@ def test_registering() -> None:
     refused(errno.EEXIST, register, handler, Shared())
     refused(errno.EINVAL, register, handler, Flb("bare-v1"))
     refused(errno.EINVAL, register, handler, Flb("half", LiveupdateFlbOps(preserve=print)))
-    refused(errno.EINVAL, register, ThingHandler(), Shared("new"))
     kernel.pages.fail = lambda order, owner: owner == "liveupdate_register_flb"
     refused(errno.ENOMEM, register, handler, Shared("new"))
     kernel.pages.fail = None
@@ -369,8 +368,26 @@ def test_unregistering() -> None:
     )
     luo.unregister_file_handler(memfd)
     assert luo.flb.registered == []
-    refused(errno.EINVAL, luo.register_flb, memfd, flb)
     luo.register_flb(handler, Shared())
+
+
+def test_a_handler_that_is_not_registered() -> None:
+    """One that never was kills the kernel, one that was is taken; with the switch both -EINVAL."""
+    _, kernel, _, _, _ = boot()
+    luo = kernel.liveupdate
+    memfd = luo.handlers["memfd-v2"]
+    luo.unregister_file_handler(memfd)
+    luo.register_flb(memfd, Shared("new"))
+    assert len(luo.flb.registered) == 2
+    with pytest.raises(KernelPanic, match="NULL pointer dereference in liveupdate_register_flb"):
+        luo.register_flb(ThingHandler(), Shared("newer"))
+    kernel = Machine("64M").boot("7.3+fix_flb_handler=on", cmdline="kho=on liveupdate=on")
+    luo = kernel.liveupdate
+    memfd = luo.handlers["memfd-v2"]
+    luo.unregister_file_handler(memfd)
+    for handler in (memfd, ThingHandler()):
+        refused(errno.EINVAL, luo.register_flb, handler, Shared("new"))
+    assert luo.flb.registered == []
 
 
 def test_without_luo() -> None:

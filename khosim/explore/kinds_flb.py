@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from khosim.explore.kinds import NEW, Args, Kind
+from khosim.explore.kinds import NEW, Args, Kind, nothing
 from khosim.explore.kinds_memfd import FILES_MAX
 
 if TYPE_CHECKING:
@@ -193,6 +193,16 @@ KINDS = (
         letter="g",
         can_fail=False,
         weight=30,
+    ),
+    Kind(
+        "second_ledger",
+        "flb",
+        lambda w: [()] if w.of("ledger") and _is_on(w) else [],
+        lambda w: "second_ledger(kernel)",
+        nothing,
+        errnos=frozenset(("EINVAL",)),
+        can_fail=False,
+        weight=0.05,
     ),
     Kind(
         "get_outgoing",

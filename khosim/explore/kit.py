@@ -27,7 +27,16 @@ from khosim.explore.agent_calls import (
 from khosim.explore.expectations import is_expected_writer
 from khosim.explore.hazards import fixed
 from khosim.explore.oracles import Baseline, oracles
-from khosim.explore.tokens import Ledger, Token, TokenHandler, late_ledger, ledger, reload, tokens
+from khosim.explore.tokens import (
+    Ledger,
+    Token,
+    TokenHandler,
+    late_ledger,
+    ledger,
+    reload,
+    second_ledger,
+    tokens,
+)
 from khosim.faults.between import (
     Between,
     flipped,
@@ -89,6 +98,7 @@ __all__ = (
     "reload",
     "restore_many",
     "retrieve_badly",
+    "second_ledger",
     "stale",
     "take_range",
     "tokens",

@@ -19,7 +19,16 @@ from khosim.kernel.module import Module
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
 
-__all__ = ("Ledger", "Token", "TokenHandler", "late_ledger", "ledger", "reload", "tokens")
+__all__ = (
+    "Ledger",
+    "Token",
+    "TokenHandler",
+    "late_ledger",
+    "ledger",
+    "reload",
+    "second_ledger",
+    "tokens",
+)
 
 _BUSY = 1 << 63
 """In a token's page: its handler says once that it cannot be finished yet."""
@@ -180,3 +189,14 @@ def reload(kernel: Kernel, flb: Ledger) -> Ledger:
         kernel.liveupdate.flb_get_incoming(new)
         kernel.liveupdate.flb_put_incoming(new)
     return new
+
+
+def second_ledger(kernel: Kernel) -> None:
+    """Another driver for tokens: its handler is refused, and it registers its ledger all the same.
+
+    Raises -EINVAL: "arguments are NULL or not initialized".
+    """
+    handler = TokenHandler(Module("others"))
+    with suppress(KernelError):  # -EEXIST
+        kernel.liveupdate.register_file_handler(handler)
+    kernel.liveupdate.register_flb(handler, Ledger("", handler))

@@ -365,6 +365,8 @@ class Release:
     """``liveupdate_register_flb`` is -EBUSY while files of the handler are preserved."""
     fix_handler_late: bool = False
     """``/dev/liveupdate`` can be opened again where a handler was not there the first time."""
+    fix_flb_handler: bool = False
+    """``liveupdate_register_flb`` is -EINVAL for a handler that is not registered."""
     fix_flb_reload: bool = False
     """``luo_flb_retrieve_one``: a module that is loaded again finds no object that it had found."""
     fix_ioctl_number: bool = False

@@ -28,7 +28,7 @@ from khosim.abi.luo import (
     unpack_luo_flb_header_ser,
     unpack_luo_flb_ser,
 )
-from khosim.errors import KernelError
+from khosim.errors import KernelError, KernelPanic
 from khosim.kernel.liveupdate.flb_ops import Flb, LiveupdateFlbOpArgs
 from khosim.kernel.module import module_put, try_module_get
 from khosim.kernel.refcount import Refcount
@@ -123,21 +123,28 @@ class LuoFlbs:
     def register(self, handler: FileHandler, flb: Flb, *, handler_is_known: bool) -> None:
         """``liveupdate_register_flb``: files of ``handler`` need ``flb`` from now on.
 
-        Raises -EINVAL without all callbacks or for an unknown handler, -ENOMEM, -EEXIST for an
-        object that the handler has or a name that another object has, -ENOSPC when the page of
-        all objects would overflow.
+        Raises -EINVAL without all callbacks, -ENOMEM, -EEXIST for an object that the handler has or
+        a name that another object has, -ENOSPC when the page of all objects would overflow.
+
+        A handler that is not registered is told by ``list_empty``, which is no list's answer that
+        was never initialised, nor of one that was taken out: the kernel follows a null pointer, or
+        has one object more that no file needs.
         """
         kernel = self._kernel
         symbol = "liveupdate_register_flb"
         private = self.state(flb)
         missing = flb.ops.missing()
-        if missing or not handler_is_known:
-            why = f"no {missing[0]}" if missing else f"{handler!r} is not registered"
-            kernel.warn(f"WARNING: {symbol}: {why}")
-            raise KernelError(errno.EINVAL, symbol, why)
+        if missing:
+            kernel.warn(f"WARNING: {symbol}: no {missing[0]}")
+            raise KernelError(errno.EINVAL, symbol, f"no {missing[0]}")
+        if kernel.release.fix_flb_handler and not handler_is_known:
+            raise KernelError(errno.EINVAL, symbol, f"{handler!r} is not registered")
         if not kmalloc(kernel, symbol):
             raise KernelError(errno.ENOMEM, symbol)
-        links = self.links[handler]
+        links = self.links.get(handler)
+        if links is None:
+            text = f"BUG: kernel NULL pointer dereference in {symbol}"
+            raise KernelPanic(text, kernel.generation)
         if kernel.release.fix_flb_late and kernel.liveupdate.sessions.use(handler):
             raise KernelError(errno.EBUSY, symbol, f"files of {handler!r} are preserved")
         if private in links:
