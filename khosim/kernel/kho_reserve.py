@@ -97,19 +97,16 @@ def _overlap(runs: list[tuple[int, int, PageState]]) -> bool:
 
 
 def _set(kernel: Kernel, first: int, last: int, state: PageState) -> None:
-    # Blocks in blocks, of a misread map: an older head that is no head of the new blocks keeps
-    # what its struct page says.
+    # Blocks over blocks, of a misread map: an older head that is no head of the new blocks, which
+    # are counted from ``first``, keeps what its struct page says.
     page_map = kernel.pages.pages
-    magic = kernel.kho_page_magic
-    kept = {}
-    mask = (1 << state.order) - 1
+    heads = [pfn for pfn in page_map.private if first <= pfn < last]
     for start, end, old in page_map.overlapping(first, last):
-        if old.kind != INCOMING or old.order >= state.order:
-            continue
-        step = 1 << old.order
-        for head in range(-(-start // step) * step, end, step):
-            if head & mask:
-                kept[head] = page_map.page_private(head, magic)
+        if old.kind == INCOMING:
+            step = 1 << old.order
+            heads += range(-(-start // step) * step, end, step)
+    new_step, magic = 1 << state.order, kernel.kho_page_magic
+    kept = {head: page_map.page_private(head, magic) for head in heads if (head - first) % new_step}
     page_map.set(first, last, state)
     page_map.private.update(kept)
 
@@ -140,7 +137,7 @@ def _reserve_odd(kernel: Kernel, phys: int, order: int, symbol: str) -> None:
     page_map = kernel.pages.pages
     step = 1 << sane
     for head in range((pfn // step + 1) * step, end_pfn, step):
-        page_map.private[head] = 0
+        page_map.private.setdefault(head, 0)
     page_map.private[pfn] = kernel.kho_page_magic << 32 | order
 
 
