@@ -121,13 +121,23 @@ def test_the_root_fdt_is_one_page_and_restored_where_it_was(release: str) -> Non
 
 def test_a_restored_head_forgets_its_order_where_it_is_cleared() -> None:
     """page->private is 0 again since 6.18; before, the order stays in it."""
-    for release, left in (("7.3", 0), ("6.17", 2)):
-        kernel = booted(release)
-        folio = kernel.alloc_folio(2)
-        kernel.kho_preserve_folio(folio)
+    for is_cleared, left in ((True, 0), (False, 2)):
+        kernel = booted(fixed("7.3").evolve(restore_clears_private=is_cleared))
+        pfn = kernel.alloc_pages_exact(4)
+        kernel.kho_preserve_pages(pfn, 4)
         kernel = kernel.kexec()
-        assert kernel.kho_restore_folio(folio.phys) is not None
-        assert kernel.pages.pages.private.get(folio.phys >> 12, 0) == left
+        assert kernel.kho_restore_pages(pfn << 12, 4) is not None
+        assert kernel.pages.pages.private.get(pfn, 0) == left
+
+
+def test_pages_without_references_of_their_own() -> None:
+    """Where restoring leaves the counts of a block alone, each page still comes back with one."""
+    kernel = booted(fixed("7.3").evolve(restore_inits_refcounts=False))
+    pfn = kernel.alloc_pages_exact(4)
+    kernel.kho_preserve_pages(pfn, 4)
+    kernel = kernel.kexec()
+    assert kernel.kho_restore_pages(pfn << 12, 4) is not None
+    assert [kernel.page(pfn + n).refcount for n in range(4)] == [1] * 4
 
 
 def test_pages_that_come_back_compound_have_a_reference_each() -> None:

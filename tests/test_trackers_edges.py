@@ -9,7 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from khosim import Machine
+from khosim import KernelPanic, Machine
+from khosim.abi.kho_v1 import ChunkHdr, Element, pack_chunk_hdr, pack_element
 from khosim.kernel.image import KernelConfig
 from khosim.kernel.kernel import Kernel
 from khosim.kernel.kho_chunks import KhoChunks
@@ -181,3 +182,87 @@ def test_an_array_of_keys_says_who_wrote_the_leaves() -> None:
     assert len(leaves) == 2
     assert {by and by[1] for by in writers} == {"kho_radix_add_key"}
     assert kernel.ram.last_writers(range(64)) == others
+
+
+def moved(kernel: Kernel, tree: KhoRadixTree, to_phys: int) -> KhoRadixTree:
+    """``tree`` with its root table copied to an address that is no page's."""
+    kernel.ram.write(to_phys, bytes(kernel.ram.read(tree.root, 4096)), (0, "test"))
+    return KhoRadixTree(kernel, to_phys, depth=kernel.arch.tree_depth)
+
+
+def test_a_root_table_at_an_odd_address() -> None:
+    """Each entry is read where it is, over the end of a page or before the end of memory."""
+    kernel = booted("7.3")
+    keys = keys_of(KEYS)
+    tree = kernel.kho_out.tree
+    assert isinstance(tree, KhoRadixTree)
+    for key in keys:
+        assert tree.add_key(key) == 0
+    free = kernel.alloc_folio(1).phys
+    odd = moved(kernel, tree, free + 2048)
+    walked = list(tree.walk())
+    assert list(odd.walk()) == [(0, free + 2048), *walked[1:]]
+    assert [odd.has_key(key) for key in (*keys, keys[0] + 5)] == [True] * len(keys) + [False]
+    odd.del_key(keys[1])
+    assert not tree.has_key(keys[1])
+    assert odd.add_key(keys[1]) == 0
+    assert tree.has_key(keys[1])
+    assert odd.add_many(np.array(keys, dtype=np.int64)) == (0, len(keys))
+    assert list(tree.walk()) == walked
+    # Half a table: its lower entries are there.
+    end = kernel.ram.size_bytes
+    kernel.ram.write(end - 2048, bytes(kernel.ram.read(tree.root, 2048)), (0, "test"))
+    cut = KhoRadixTree(kernel, end - 2048, depth=kernel.arch.tree_depth)
+    assert all(cut.has_key(key) for key in keys)
+    with pytest.raises(KernelPanic):
+        list(cut.walk())
+
+
+@pytest.mark.parametrize("nr_repeats", [2, 40])
+def test_a_leaf_that_several_entries_share(nr_repeats: int) -> None:
+    """It is walked once for each entry, few or many, and its bits are keys of each."""
+    kernel = booted("7.3")
+    tree = KhoRadixTree(kernel, depth=kernel.arch.tree_depth)
+    assert tree.init_tree() == 0
+    (first,) = keys_of([(0x100000, 0)])
+    assert [tree.add_key(first), tree.add_key(first + 7)] == [0, 0]
+    *tables, leaf = [page for nr, page in tree.walk() if not nr]
+    at = tables[-1] + 8 * (first >> 15 & 511)
+    assert kernel.ram.read_u64(at) == leaf
+    for n in range(nr_repeats):
+        kernel.ram.write_u64(at + 8 * n, leaf, (0, "test"))
+    expected = [(0, table) for table in tables]
+    for n in range(nr_repeats):
+        span = first + (n << 15)
+        expected += [(0, leaf), (1, span), (1, span + 7)]
+    assert list(tree.walk()) == expected
+    pairs: list[tuple[int, int]] = []
+    for counts, values in tree.walk_arrays():
+        pairs += zip(counts.tolist(), values.tolist(), strict=True)
+    assert pairs == expected
+    assert list(tree.runs()) == [item for item in expected if item[0]]
+
+
+@pytest.mark.parametrize(
+    ("start", "order", "first"),
+    [
+        (0x1000, 0, [0x1000, 0x2000, 0x4000]),
+        (2**64 - 0x2000, 0, [2**64 - 0x2000, 2**64 - 0x1000, 0x1000]),
+        (2**64 - 0x1000, 0, [2**64 - 0x1000, 0, 0x2000]),
+        (0x1000, 51, [0x1000, 0x1000 + 2**63, 0x1000 + 2**63]),
+        (0x1000, 52, [0x1000, 0x1001, 0x1003]),
+    ],
+)
+def test_a_bitmap_whose_addresses_wrap(start: int, order: int, first: list[int]) -> None:
+    """Sums wrap at 64 bits, and shifts count modulo 64, as the CPU's do."""
+    kernel = booted("6.18")
+    tracker = KhoChunks(kernel)
+    phys = kernel.alloc_folio(1).phys
+    chunk = pack_chunk_hdr(ChunkHdr(0, order, 1)) + pack_element(Element(start, phys + 4096))
+    kernel.ram.write(phys, chunk, (0, "test"))
+    kernel.ram.write(phys + 4096, b"\x0b".ljust(4096, b"\0"), (0, "test"))
+    tracker.root = phys
+    blocks = [(at, of, nr) for at, of, nr in tracker.blocks()]
+    each = [at + (n << order + 12) for at, _, nr in blocks for n in range(nr)]
+    assert each == first
+    assert {of for _, of, _ in blocks} == {order}
