@@ -71,6 +71,7 @@ def _other_words(ram_bytes: int) -> list[str]:
     # What else sets memory aside, or is about how much there is.
     words = [f"mem={ram_bytes // 4 * n}" for n in (1, 2, 3)]
     words += [f"hugepages={n}" for n in (1, 4, 16)]
+    words += ["memtest=1", "debugfs=off"]
     if ram_bytes >= _ROOM:
         words.append(f"crashkernel={ram_bytes // 16}")
     if ram_bytes >= 4 << 30:
@@ -121,7 +122,16 @@ def _words(line: str) -> list[str]:
     return line.split()
 
 
-_ODD = ("mem=", "elfcorehdr=", "hugepages=", "hugepagesz=", "crashkernel=", "kho_scratch=")
+_ODD = (
+    "mem=",
+    "elfcorehdr=",
+    "hugepages=",
+    "hugepagesz=",
+    "crashkernel=",
+    "kho_scratch=",
+    "memtest=",
+    "debugfs=",
+)
 
 
 def successors(world: World) -> list[str]:

@@ -9,7 +9,8 @@
 * ``huge-pages-outside-scratch``: huge pages, which nobody can move, are not in scratch.
 * ``scratch-is-there``: a kernel with KHO has scratch to load the next one into.
 * ``regions-apart``: no two reserve_mem regions share a byte.
-* ``kho-is-on``: regions of a seventh of memory, or gigantic pages of two, do not turn KHO off.
+* ``kho-is-on``: regions of a seventh of memory, or gigantic pages of two, do not turn KHO off; nor
+  does anything else once scratch is reserved.
 * ``no-kho-in-kdump``: a capture kernel has no scratch of its own.
 """
 
@@ -219,6 +220,10 @@ def _kho_is_on(hardware: Hardware, kernel: Kernel) -> list[Violation]:
     is_asked = words.kho and not words.is_kdump and words.mem_limit_bytes is None
     is_by_scale = all(name != "kho_scratch" for name, _ in words.words)
     is_first = kernel.generation == 0
+    is_plain = is_asked and is_first and kernel.kho_scratch_phys
+    if is_plain and not kernel.kho_enable:
+        text = "KHO is off, though scratch was reserved for it"
+        return [Violation("kho-is-on", text, kernel.generation)]
     if kernel.kho_enable or not (is_asked and is_by_scale and aside and is_first):
         return []
     most = hardware.memory_map.ram_bytes // _SET_ASIDE

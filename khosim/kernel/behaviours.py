@@ -295,6 +295,10 @@ class Release:
     """``kho=off`` takes no handover over."""
     fix_mem_limit: bool = False
     """``mem=`` is ignored on a handover boot (x86-64)."""
+    fix_memtest: bool = False
+    """``early_memtest`` tests scratch alone on a handover boot."""
+    fix_debugfs_refused: bool = False
+    """``kho_init`` goes on without its files where debugfs has none."""
     fix_elfcorehdr: bool = False
     """A handover outweighs ``elfcorehdr=``: whoever was handed memory is no kdump kernel."""
     fix_scratch_failure: bool = False

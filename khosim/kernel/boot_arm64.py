@@ -19,6 +19,7 @@ from khosim.kernel.boot_cma import dma_contiguous_reserve
 from khosim.kernel.boot_crashkernel import reserve_crashkernel
 from khosim.kernel.early_ioremap import early_fault
 from khosim.kernel.memblock_regions import MEMBLOCK_KHO_SCRATCH
+from khosim.kernel.memtest import early_memtest
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
@@ -310,6 +311,7 @@ def _bootmem_init(kernel: Kernel, tree: memoryview) -> None:
     memblock = kernel.memblock
     cells = _root_cells(tree)
     low, high = memblock.memblock_start_of_DRAM(), memblock.memblock_end_of_DRAM()
+    early_memtest(kernel, low, high)
     ranges = sorted(
         (max(start, low), min(start + size, high), nid)
         for start, size, nid in _memory_nodes(tree, cells)

@@ -28,6 +28,7 @@ from khosim.kernel import boot_memory, e820
 from khosim.kernel.boot_cma import dma_contiguous_reserve
 from khosim.kernel.boot_crashkernel import reserve_crashkernel
 from khosim.kernel.early_ioremap import early_fault, early_memremap
+from khosim.kernel.memtest import early_memtest
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
@@ -244,6 +245,7 @@ def _init_mem_mapping(kernel: Kernel, end_of_ram: int) -> None:
     if real_end < max_end:
         tables.map_range(real_end, max_end, min_mapped, max_mapped)
     kernel.set_mapped([(0, _MIB), *ranges])
+    early_memtest(kernel, 0, max_end)
     memblock.memblock_set_current_limit(max_end)
 
 

@@ -129,8 +129,7 @@ def _kho_init(kernel: Kernel) -> int:
         out.tree.destroy()
         return _kho_init_failed(kernel, -refused.errno)
     out.fdt_phys = fdt_folio.phys
-    kernel.debugfs.open()
-    error = out.fdt_setup()
+    error = _debugfs_init(kernel) or out.fdt_setup()
     if not error and kernel.release.kexec_metadata:
         # kho_kexec_metadata_init
         if incoming is not None:
@@ -160,12 +159,20 @@ def _kho_init_late(kernel: Kernel, incoming: memoryview | None) -> int:
     if pfn is None:
         return _kho_init_failed(kernel, -errno.ENOMEM)
     kernel.kho_out.fdt_phys = pfn << kernel.arch.page_shift
-    kernel.debugfs.open()
+    error = _debugfs_init(kernel)
+    if error:
+        kernel.pages.free_pages(pfn, 0)
+        return _kho_init_failed(kernel, error)
     if incoming is not None:
         kernel.debugfs.in_init(incoming)
     else:
         _free_scratch(kernel)
     return 0
+
+
+def _debugfs_init(kernel: Kernel) -> int:
+    error = kernel.debugfs.open()
+    return 0 if kernel.release.fix_debugfs_refused else error
 
 
 def _free_scratch(kernel: Kernel) -> None:
