@@ -51,6 +51,8 @@ _NAMES = ("a", "b", "a@1", "n" * 15)
 """Of regions. libfdt finds a node by its name without what stands behind an ``@``, too."""
 _LARGE = 8
 """The largest region is this part of memory: scratch is to fit beside it."""
+_AREA = 4 << 20
+"""An area of the contiguous allocator, of whole pageblocks."""
 _ROOM = 512 << 20
 """Memory of a machine that sets some aside for crash kernels."""
 
@@ -74,6 +76,7 @@ def _other_words(ram_bytes: int) -> list[str]:
     words += ["memtest=1", "debugfs=off"]
     if ram_bytes >= _ROOM:
         words.append(f"crashkernel={ram_bytes // 16}")
+    words += [f"cma={_AREA}@{ram_bytes // part}" for part in (16, 8, 4)]
     if ram_bytes >= 4 << 30:
         words.append("hugepagesz=1G hugepages=1")
     return words
@@ -131,6 +134,7 @@ _ODD = (
     "kho_scratch=",
     "memtest=",
     "debugfs=",
+    "cma=",
 )
 
 

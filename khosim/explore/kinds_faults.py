@@ -112,9 +112,8 @@ def _device_stops(world: World) -> list[Args]:
 
 
 def _files_choices(world: World) -> list[Args]:
-    if not world.can_preserve:
-        return []
-    return [(path,) for path in dict.fromkeys(("out/fdt", *world.kernel.debugfs.files()))]
+    files = world.kernel.debugfs.files() if world.can_preserve else []
+    return [(path,) for path in dict.fromkeys(("out/fdt", *files))] if files else []
 
 
 KINDS = (

@@ -11,6 +11,8 @@
 * ``regions-apart``: no two reserve_mem regions share a byte.
 * ``kho-is-on``: regions of a seventh of memory, or gigantic pages of two, do not turn KHO off; nor
   does anything else once scratch is reserved.
+* ``crash-kernel-is-there``: what a crash kernel wants of memory it has after a handover, too.
+* ``counters-fit``: the kernel counts no less than nothing.
 * ``no-kho-in-kdump``: a capture kernel has no scratch of its own.
 """
 
@@ -38,6 +40,7 @@ __all__ = ("Baseline", "is_warning", "oracles")
 _WARNINGS = ("WARNING:", "BUG:", "refcount_t:", "kernel BUG", "list_del", "Bad page")
 _REPORTED_MAX = 4
 _SET_ASIDE = 7
+_CRASH_PART = 15
 _GIGANTIC = 1 << 30
 
 
@@ -88,6 +91,8 @@ def oracles(
     found += _regions_apart(kernel)
     found += _kho_is_on(hardware, kernel)
     found += _no_kho_in_kdump(kernel)
+    found += _crash_kernel(hardware, kernel)
+    found += _counters(kernel)
     if drained and baseline is not None and baseline.generation == kernel.generation:
         found += _given_back(hardware, kernel, preserved, baseline)
     return found
@@ -208,6 +213,25 @@ def _no_kho_in_kdump(kernel: Kernel) -> list[Violation]:
     if not kernel.options.is_kdump or kernel.generation or not kernel.kho_enable:
         return []
     return [Violation("no-kho-in-kdump", "a capture kernel reserves scratch", kernel.generation)]
+
+
+def _crash_kernel(hardware: Hardware, kernel: Kernel) -> list[Violation]:
+    # Of a plain size that is a small part of memory; a place that was asked for may be taken.
+    words = kernel.options
+    asked = words.crashkernel
+    if asked is None or not asked.isdecimal() or kernel.crashk_res or not kernel.is_kho_boot:
+        return []
+    is_much = int(asked) * _CRASH_PART > hardware.memory_map.ram_bytes
+    if is_much or words.mem_limit_bytes is not None or words.is_kdump or not words.kho:
+        return []
+    text = f"there is no memory for a crash kernel: of {asked} bytes none is set aside"
+    return [Violation("crash-kernel-is-there", text, kernel.generation)]
+
+
+def _counters(kernel: Kernel) -> list[Violation]:
+    if kernel.pages.nr_vmalloc >= 0:
+        return []
+    return [Violation("counters-fit", "nr_vmalloc is less than 0", kernel.generation)]
 
 
 def _kho_is_on(hardware: Hardware, kernel: Kernel) -> list[Violation]:

@@ -299,6 +299,12 @@ class Release:
     """``early_memtest`` tests scratch alone on a handover boot."""
     fix_debugfs_refused: bool = False
     """``kho_init`` goes on without its files where debugfs has none."""
+    fix_cma_fixed: bool = False
+    """``cma_fixed_reserve``: an area with a place of its own is in scratch on a handover boot."""
+    fix_vmalloc_count: bool = False
+    """``kho_restore_vmalloc`` counts the pages of its area (``NR_VMALLOC``)."""
+    fix_crash_kernel: bool = False
+    """On a handover boot memory for a crash kernel is set aside behind ``kho_mem_retrieve``."""
     fix_elfcorehdr: bool = False
     """A handover outweighs ``elfcorehdr=``: whoever was handed memory is no kdump kernel."""
     fix_scratch_failure: bool = False

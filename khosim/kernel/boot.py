@@ -12,6 +12,8 @@ from __future__ import annotations
 from khosim.errors import HardwareFault, KernelPanic
 from khosim.kernel import boot_arm64, boot_hugetlb, boot_memory, boot_x86
 from khosim.kernel.arch import find_arch
+from khosim.kernel.boot_cma import cma_init_reserved_areas
+from khosim.kernel.boot_crashkernel import reserve_late
 from khosim.kernel.image import (
     PREFIX_BYTES,
     KernelConfig,
@@ -158,6 +160,7 @@ def _mm_core_init(kernel: Kernel) -> None:
     kho_memory_init(kernel)
     if kernel.host is not None:
         kernel.host.checkpoint(kernel, "takeover")
+    reserve_late(kernel)
     _memblock_free_all(kernel)
     if not any(zone.nr_free[MOVABLE] or zone.nr_free[UNMOVABLE] for zone in kernel.pages.zones):
         # kmem_cache_init: the very first slab needs a page outside of scratch.
@@ -201,6 +204,7 @@ def _initcalls(kernel: Kernel, initcall: Initcall) -> None:
         _mark_stale_pageblocks(kernel, *kernel.stale_scratch)
     kernel.pages.page_alloc_init_late()
     kernel.phase = "initcalls"
+    cma_init_reserved_areas(kernel)  # core_initcall
     initcall(kernel, "subsys")
     boot_hugetlb.hugetlb_init(kernel)  # subsys_initcall
     if kernel.release.kho_init_level == "fs":

@@ -1,21 +1,22 @@
 """The default area of the contiguous memory allocator.
 
 Models ``kernel/dma/contiguous.c:early_cma`` and ``dma_contiguous_reserve`` and
-``mm/cma.c:cma_declare_contiguous_nid`` and ``cma_alloc_mem`` @ 7.3, as far as memblock is
-concerned. Left out: areas for single nodes (``cma_pernuma=``, ``numa_cma=``) and for huge pages,
-and what becomes of the area later: its pages serve movable allocations in a real kernel.
+``mm/cma.c:cma_declare_contiguous_nid``, ``cma_alloc_mem`` and ``cma_init_reserved_areas`` @ 7.3.
+Left out: areas for single nodes (``cma_pernuma=``, ``numa_cma=``) and for huge pages, allocating
+from the area, and that pages which were handed over keep their magic when it becomes free.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from khosim.kernel.memblock import MEMBLOCK_KHO_SCRATCH
 from khosim.units import memparse
 
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
 
-__all__ = ("dma_contiguous_reserve",)
+__all__ = ("cma_init_reserved_areas", "dma_contiguous_reserve")
 
 _4_GIB = 1 << 32
 _MIB = 1 << 20
@@ -36,9 +37,18 @@ def dma_contiguous_reserve(kernel: Kernel, limit: int) -> None:
         return
     phys = _declare(kernel, base, size, limit, fixed)
     if phys:
+        end = phys + (size + kernel.arch.pageblock_bytes - 1 & -kernel.arch.pageblock_bytes)
+        shift = kernel.arch.page_shift
+        kernel.pages.cma_areas.append((phys >> shift, end >> shift))
         kernel.printk(f"cma: Reserved {size // _MIB} MiB at 0x{phys:016x}")
     else:
         kernel.printk(f"cma: Failed to reserve {size // _MIB} MiB")
+
+
+def cma_init_reserved_areas(kernel: Kernel) -> None:
+    """``cma_init_reserved_areas``: all of each area is free for movable allocations now."""
+    for start_pfn, end_pfn in kernel.pages.cma_areas:
+        kernel.pages.init_cma_reserved(start_pfn, end_pfn)
 
 
 def _early_cma(value: str) -> tuple[int, int, int]:
@@ -71,6 +81,8 @@ def _declare(kernel: Kernel, base: int, size: int, limit: int, fixed: bool) -> i
     if fixed and base:
         # cma_fixed_reserve: not marked as the kernel's own, so that scratch does not count it.
         taken = memblock.memblock_is_region_reserved(base, size)
+        if kernel.release.fix_cma_fixed and memblock.kho_scratch_only:
+            taken = taken or not _is_scratch(kernel, base, base + size)
         return 0 if taken or memblock.memblock_reserve(base, size) else base
     if not memblock.bottom_up and limit >= _4_GIB + size:
         # From 4 GiB upwards, out of the way of memory for devices.
@@ -80,3 +92,13 @@ def _declare(kernel: Kernel, base: int, size: int, limit: int, fixed: bool) -> i
         if phys:
             return phys
     return memblock.memblock_alloc_range_nid(size, align, base, limit, -1, True)
+
+
+def _is_scratch(kernel: Kernel, start: int, end: int) -> bool:
+    # What is not reserved on a handover boot may still be somebody's, but for scratch.
+    memory = kernel.memblock.memory
+    inside = 0
+    for base, limit, flags in zip(memory.base, memory.end, memory.flags, strict=True):
+        if flags & MEMBLOCK_KHO_SCRATCH:
+            inside += max(0, min(end, limit) - max(start, base))
+    return inside == end - start

@@ -14,7 +14,7 @@ from khosim.units import memparse
 if TYPE_CHECKING:
     from khosim.kernel.kernel import Kernel
 
-__all__ = ("reserve_crashkernel",)
+__all__ = ("reserve_crashkernel", "reserve_late")
 
 _MIB = 1 << 20
 _ALIGN = {"x86_64": 16 * _MIB, "arm64": 2 * _MIB}
@@ -28,6 +28,8 @@ def reserve_crashkernel(kernel: Kernel) -> None:
 
     A crash kernel above low memory also gets a region below, ``kernel.crashk_low_res``.
     """
+    if kernel.release.fix_crash_kernel and kernel.memblock.kho_scratch_only:
+        return  # see reserve_late
     found = _parse(kernel)
     if found is None:
         return
@@ -66,6 +68,16 @@ def reserve_crashkernel(kernel: Kernel) -> None:
         kernel.crashk_low_res = [(low, low + low_bytes)]
     kernel.crashk_res = [(phys, phys + size)]
     kernel.printk(f"crashkernel reserved: 0x{phys:016x} - 0x{phys + size:016x} ({size >> 20} MB)")
+
+
+def reserve_late(kernel: Kernel) -> None:
+    """What no kernel does yet: :func:`reserve_crashkernel` where all that came is reserved."""
+    memblock = kernel.memblock
+    if not kernel.release.fix_crash_kernel or not memblock.kho_scratch_only:
+        return
+    memblock.kho_scratch_only = False
+    reserve_crashkernel(kernel)
+    memblock.kho_scratch_only = True
 
 
 def _default_low_bytes(kernel: Kernel) -> int:

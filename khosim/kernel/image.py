@@ -63,7 +63,7 @@ class KernelConfig:
     log_buf_shift: int = 17
     """``CONFIG_LOG_BUF_SHIFT``."""
     swiotlb_bytes: int = 64 << 20
-    cma_bytes: int | None = None
+    cma_bytes: int | None = 0
     """``CONFIG_CMA_SIZE_MBYTES`` as bytes; None: without ``CONFIG_DMA_CMA``."""
     kfence_objects: int = 0
     """``CONFIG_KFENCE_NUM_OBJECTS``; 0: without ``CONFIG_KFENCE``."""

@@ -330,6 +330,8 @@ def _restore_area(kernel: Kernel, descriptor: KhoVmalloc, pages: Buffer) -> VmSt
             for _ in range(1 << descriptor.order):
                 area.add_run(head, 1)
     area.free_pages_array = lambda: kvfree(kernel, pages)
+    if kernel.release.fix_vmalloc_count:
+        kernel.pages.nr_vmalloc += area.nr_pages
     return area
 
 

@@ -33,6 +33,7 @@ class ZoneLayout:
         "_pieces",
         "_zonelists",
         "arch",
+        "cma_areas",
         "deferred",
         "first_deferred_pfn",
         "keeps_cma",
@@ -56,6 +57,8 @@ class ZoneLayout:
         """Pages in use whose struct pages were never set up: all zero, so it seems."""
         self._piece_starts: list[int] = []
         self._cma_ranges: list[tuple[int, int]] = []
+        self.cma_areas: list[tuple[int, int]] = []
+        """pfn ranges that the contiguous allocator has reserved in early boot."""
         self._zonelists: dict[tuple[int | None, bool], list[Zone]] = {}
 
     def free_area_init(

@@ -28,13 +28,15 @@ class PageAllocator(ZoneLayout):
     as if no memory were left.
     """
 
-    __slots__ = ("_states", "bad_page", "fail", "pages", "policy")
+    __slots__ = ("_states", "bad_page", "fail", "nr_vmalloc", "pages", "policy")
 
     def __init__(self, arch: Arch, pages: PageMap, policy: Policy | None = None) -> None:
         super().__init__(arch)
         self.pages = pages
         self.policy: Policy = LinuxPolicy() if policy is None else policy
         self.fail: Callable[[int, str], bool] | None = None
+        self.nr_vmalloc = 0
+        """``NR_VMALLOC`` of all nodes: pages in vmalloc areas, as the kernel counts them."""
         self.bad_page: Callable[[str], None] = lambda message: None
         self._states: dict[tuple[int, bool, str], PageState] = {}
 

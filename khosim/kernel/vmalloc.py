@@ -248,6 +248,7 @@ def _alloc_pages(
         else:
             large = min(max_attempt, left.bit_length() - 1)
     _take(kernel, area, order, left >> order, nid, owner)
+    kernel.pages.nr_vmalloc += area.nr_pages
 
 
 def _take(
@@ -288,6 +289,8 @@ def vfree(kernel: Kernel, area: VmStruct | None) -> None:
     area.alive = False
     for start_pfn, nr_pages in area.runs:
         put_folio_range(kernel, start_pfn, nr_pages, 0)
+    if not area.flags & VM_MAP_PUT_PAGES:
+        kernel.pages.nr_vmalloc -= area.nr_pages  # vm_area_free_pages
     if kernel.trace is not None:
         kernel.emit("vfree", {"nr_pages": area.nr_pages}, None)
     if area.free_pages_array is not None:
