@@ -74,6 +74,8 @@ def _other_words(ram_bytes: int) -> list[str]:
     words = [f"mem={ram_bytes // 4 * n}" for n in (1, 2, 3)]
     words += [f"hugepages={n}" for n in (1, 4, 16)]
     words += ["memtest=1", "debugfs=off"]
+    size = f"memory_corruption_check_size={ram_bytes // 8}"
+    words.append(f"memory_corruption_check=1 {size}")
     if ram_bytes >= _ROOM:
         words.append(f"crashkernel={ram_bytes // 16}")
     words += [f"cma={_AREA}@{ram_bytes // part}" for part in (16, 8, 4)]
@@ -135,6 +137,7 @@ _ODD = (
     "memtest=",
     "debugfs=",
     "cma=",
+    "memory_corruption_check",
 )
 
 

@@ -297,6 +297,8 @@ class Release:
     """``mem=`` is ignored on a handover boot (x86-64)."""
     fix_memtest: bool = False
     """``early_memtest`` tests scratch alone on a handover boot."""
+    fix_corruption_check: bool = False
+    """``setup_bios_corruption_check`` sets nothing aside on a handover boot."""
     fix_debugfs_refused: bool = False
     """``kho_init`` goes on without its files where debugfs has none."""
     fix_cma_fixed: bool = False

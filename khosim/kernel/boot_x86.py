@@ -27,6 +27,7 @@ from khosim.errors import KernelPanic
 from khosim.kernel import boot_memory, e820
 from khosim.kernel.boot_cma import dma_contiguous_reserve
 from khosim.kernel.boot_crashkernel import reserve_crashkernel
+from khosim.kernel.corruption_check import setup_bios_corruption_check
 from khosim.kernel.early_ioremap import early_fault, early_memremap
 from khosim.kernel.memtest import early_memtest
 
@@ -79,6 +80,7 @@ def setup_arch(kernel: Kernel, entry: int, params_phys: int) -> None:
     kernel.memblock.memblock_reserve_kern(kernel.kernel_range[1], kernel.config.brk_bytes)
 
     _memblock_setup(kernel, table)
+    setup_bios_corruption_check(kernel)
     kernel.phase = "reserve_real_mode"
     if not kernel.memblock.memblock_phys_alloc_range(_REALMODE_BYTES, _PAGE, 0, _MIB):
         kernel.printk(f"No memory below 0x{_MIB:016x} for the real-mode trampoline")
