@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from khosim.abi.kho_vmalloc import kho_vmalloc_size
-from khosim.explore.kinds import NEW, Args, Kind, gone, of, preservable, to
+from khosim.explore.kinds import NEW, Args, Kind, gone, nothing, of, preservable, to
 
 if TYPE_CHECKING:
     from khosim.explore.world import World
@@ -47,6 +47,13 @@ def _area_source(world: World, name: str, size: int, huge: bool) -> str:
         f"{_AREA}{name} = vmalloc(kernel, {size}{more})\nassert {name}, 'no area'\n"
         f'{name}.write(0, b"{name[0]}")\n{name}_order = {name}.page_order'
     )
+
+
+
+def _used_source(world: World) -> str:
+    held = "".join(f"{area.name}, " for area in world.of("area", "held"))
+    return f"assert vmalloc_used(kernel) >= sum(v.nr_pages for v in ({held}))"
+
 
 KINDS = (
     Kind(
@@ -91,6 +98,15 @@ KINDS = (
         ),
         to("held"),
         weight=16,
+    ),
+    Kind(
+        "vmalloc_used",
+        "vmalloc",
+        lambda w: [()] if w.has_kernel else [],
+        _used_source,
+        nothing,
+        weight=4,
+        can_fail=False,
     ),
     Kind(
         "vfree",

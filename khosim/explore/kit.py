@@ -103,6 +103,7 @@ __all__ = (
     "take_range",
     "tokens",
     "torn",
+    "vmalloc_used",
 )
 
 _NOT_PRINTED = {"PROGRAM", "Death", "Ledger", "Nth", "TaskDied", "TokenHandler"}
@@ -260,6 +261,11 @@ def read_debugfs(kernel: Kernel, path: str) -> bytes:
         if not is_own:
             raise AssertionError(f"{path} shows a page of {state.owner}")
     return data
+
+
+def vmalloc_used(kernel: Kernel) -> int:
+    """``VmallocUsed`` of ``/proc/meminfo`` in pages, before less than nothing is shown as 0."""
+    return kernel.pages.nr_vmalloc
 
 
 def retrieve_badly(kernel: Kernel, name: str) -> None:

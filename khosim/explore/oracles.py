@@ -12,7 +12,6 @@
 * ``kho-is-on``: regions of a seventh of memory, or gigantic pages of two, do not turn KHO off; nor
   does anything else once scratch is reserved.
 * ``crash-kernel-is-there``: what a crash kernel wants of memory it has after a handover, too.
-* ``counters-fit``: the kernel counts no less than nothing.
 * ``no-kho-in-kdump``: a capture kernel has no scratch of its own.
 """
 
@@ -92,7 +91,6 @@ def oracles(
     found += _kho_is_on(hardware, kernel)
     found += _no_kho_in_kdump(kernel)
     found += _crash_kernel(hardware, kernel)
-    found += _counters(kernel)
     if drained and baseline is not None and baseline.generation == kernel.generation:
         found += _given_back(hardware, kernel, preserved, baseline)
     return found
@@ -226,12 +224,6 @@ def _crash_kernel(hardware: Hardware, kernel: Kernel) -> list[Violation]:
         return []
     text = f"there is no memory for a crash kernel: of {asked} bytes none is set aside"
     return [Violation("crash-kernel-is-there", text, kernel.generation)]
-
-
-def _counters(kernel: Kernel) -> list[Violation]:
-    if kernel.pages.nr_vmalloc >= 0:
-        return []
-    return [Violation("counters-fit", "nr_vmalloc is less than 0", kernel.generation)]
 
 
 def _kho_is_on(hardware: Hardware, kernel: Kernel) -> list[Violation]:
