@@ -65,5 +65,6 @@ GIVES_BACK = (
     "free_folio",
     "free_pages",
     "vfree",
+    "reload",
 )
 """Kinds of steps by which an author gives everything back, in that order."""

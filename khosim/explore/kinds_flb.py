@@ -90,13 +90,17 @@ def _reload_choices(world: World) -> list[Args]:
     ):
         return []
     ledgers = [item for item in world.of("ledger", "held") if item["flb"] and not item["gets"]]
-    found = [(NEW, item.name) for item in ledgers if not item["refuses"]]
+    found = [(NEW, i.name) for i in ledgers if not i["refuses"] and not i.facts.get("again")]
     return found if _is_on(world) else []
 
 
 def _reloaded(world: World, args: Args) -> None:
     world.drop(args[1])
-    world.add("ledger", args[0], gets=0, flb=True, asked=False, refuses="")
+    world.add("ledger", args[0], gets=0, flb=True, asked=False, refuses="", again=True)
+
+
+def _not_reloaded(world: World, args: Args) -> None:
+    world.items[args[1]].facts["again"] = True
 
 
 def _ledger_get(world: World) -> list[Args]:
@@ -189,6 +193,7 @@ KINDS = (
         _reload_choices,
         lambda w, g, old: f"{g} = reload(kernel, {old})",
         _reloaded,
+        _not_reloaded,
         errnos=frozenset(("EAGAIN",)),
         letter="g",
         can_fail=False,
