@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from khosim.explore.catalog import KINDS
+from khosim.explore.kinds_boot import successors
 from khosim.explore.kit import Stage
+from khosim.explore.world import Step, World
 from khosim.kernel.pageblock import CMA
 from khosim.kernel.vmalloc import VM_MAP_PUT_PAGES, vfree, vmalloc
 
@@ -45,6 +48,16 @@ def test_an_area_in_free_scratch_is_not_refused() -> None:
     kernel = kernel.kexec(cmdline=f"kho=on cma=4M@{at}")
     said = [line for line in kernel.messages if line.startswith("cma: ")]
     assert said == [f"cma: Reserved 4 MiB at 0x{at:016x}"]
+
+
+def test_the_search_asks_for_areas_that_can_be() -> None:
+    """At whole pageblocks, though memory is not a whole number of them; one has the root FDT."""
+    world = World(KINDS)
+    world.run(Step("boot", ('"64M"', "kho=on", "7.3")))
+    places = [line.split("@")[1] for line in successors(world) if "cma=" in line]
+    assert places == [str(at * MIB) for at in (4, 8, 16)]
+    assert 4 * MIB <= world.kernel.kho_out.fdt_phys < 8 * MIB
+    world.close()
 
 
 @pytest.mark.parametrize("word", ["crashkernel=256M", "crashkernel=64M@1G"])

@@ -78,7 +78,9 @@ def _other_words(ram_bytes: int) -> list[str]:
     words.append(f"memory_corruption_check=1 {size}")
     if ram_bytes >= _ROOM:
         words.append(f"crashkernel={ram_bytes // 16}")
-    words += [f"cma={_AREA}@{ram_bytes // part}" for part in (16, 8, 4)]
+    # A little of memory is the BIOS's: its parts are not whole pageblocks.
+    bases = [round(ram_bytes / part / _AREA) * _AREA for part in (16, 8, 4)]
+    words += [f"cma={_AREA}@{base}" for base in bases]
     if ram_bytes >= 4 << 30:
         words.append("hugepagesz=1G hugepages=1")
     return words
