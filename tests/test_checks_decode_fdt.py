@@ -140,10 +140,14 @@ def test_asking_a_node() -> None:
     ],
 )
 def test_spoilt_header(offset: int, value: int, expected: list[str]) -> None:
-    """Each field of the header is checked."""
+    """Each field of the header is checked, and told with its address where it alone is wrong."""
     data = bytearray(blob(SMALL))
     struct.pack_into(">I", data, offset, value)
-    assert set(expected) <= set(codes(parse_fdt(bytes(data))))
+    found = parse_fdt(bytes(data), 0x1000)
+    assert set(expected) <= set(codes(found))
+    told = [one.phys for one in found.problems if one.code == expected[0]]
+    if expected[0] in ("fdt-magic", "fdt-totalsize", "fdt-alignment"):
+        assert 0x1000 + offset in told
 
 
 @pytest.mark.parametrize(("last_comp", "is_read"), [(15, True), (17, True), (18, False)])

@@ -545,6 +545,7 @@ def test_a_blob_that_is_not_there_is_said() -> None:
     ram.page()
     luo = ram.decode(Region(0x7FFF0000, 32))
     assert (luo.compatible, codes(luo)) == (None, ["luo-unreadable"])
+    assert (luo.liveupdate_num, luo.sessions_phys, luo.flbs_phys) == (0, 0, 0)
 
 
 def test_hostile_bytes_never_raise() -> None:

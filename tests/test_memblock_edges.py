@@ -112,6 +112,19 @@ def test_a_block_that_is_itself_the_only_room() -> None:
     ]
 
 
+def test_a_reservation_that_leaves_its_memory_hides_nothing_else() -> None:
+    """What is free ends where a reservation begins, though that ends behind the memory."""
+    memblock = Memblock()
+    memblock.memblock_add_node(PAGE, 2 * PAGE, 0, MEMBLOCK_NONE)
+    memblock.memblock_add_node(5 * PAGE, PAGE, 1, MEMBLOCK_NONE)
+    memblock.memblock_add_node(8 * PAGE, PAGE, 0, MEMBLOCK_NONE)
+    memblock.memblock_reserve(2 * PAGE, 2 * PAGE)
+    memblock.memblock_reserve(4 * PAGE + 64, 3 * PAGE)
+    expected = [(PAGE, 2 * PAGE, 0), (8 * PAGE, 9 * PAGE, 0)]
+    assert list(memblock.for_each_free_mem_range()) == expected
+    assert list(memblock.for_each_free_mem_range(reverse=True)) == expected[::-1]
+
+
 def test_regions_removed_together_leave_the_sum_right() -> None:
     """The running sum loses each of the regions that go."""
     memblock = machine()

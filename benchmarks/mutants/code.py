@@ -56,6 +56,7 @@ AREAS: dict[str, Area] = {
         (
             *("test_kho_in.py", "test_kho_out.py", "test_kho_scratch.py", "test_hostile.py"),
             *("test_releases*.py", "test_bugs.py", "test_hazards.py", "test_jump.py"),
+            "test_incoming_edges.py",
         ),
     ),
     "memory": Area(
