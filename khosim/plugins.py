@@ -13,7 +13,7 @@ from typing import Any
 
 from khosim.errors import InputError
 
-__all__ = ("blame_plugin", "is_plugin", "load_plugin", "loaded_plugin")
+__all__ = ("blame_plugin", "is_plugin", "load_plugin", "loaded_plugin", "plugin_file")
 
 
 def is_plugin(spec: str) -> bool:
@@ -41,6 +41,11 @@ def loaded_plugin(spec: str) -> Any:
     if module is None:
         raise InputError(path, "not loaded: name the file of the release first")
     return _member(path, module, name)
+
+
+def plugin_file(spec: str) -> Path:
+    """The file of ``FILE.py`` or ``FILE.py:NAME``."""
+    return Path(_parts(spec, "")[0])
 
 
 def _parts(spec: str, default: str) -> tuple[str, str]:

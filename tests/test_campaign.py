@@ -31,6 +31,7 @@ from khosim.explore.search import KINDS, problems_of, replay
 from khosim.explore.shrink import Finding, cause_of
 from khosim.explore.work import Shrunk, Spec, Suspect, Task, do, run_unit, shrunk
 from khosim.explore.world import Problem, Step, World
+from khosim.kernel.release import Release
 
 BOOT = Step("boot", ('"64M"', "kho=on liveupdate=on", "7.3"))
 SCENARIO = "reserve-mem"
@@ -216,6 +217,41 @@ def test_what_speaks_with_hazards_off_speaks_with_them_on_as_well() -> None:
         assert (found.switches, found.behind) == (("fix_elfcorehdr",), ())
 
 
+def test_words_are_those_of_the_release_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said with fewer hazards off than the run had off may name other pages."""
+    cause = ("kernel-warned", "WARNING: page #")
+    hides = "fix_kho_init_failure"
+
+    def says(steps: object, of: object, release: str | Release) -> Problem | None:
+        name = getattr(release, "name", str(release))
+        return Problem(cause[0], f"WARNING: page {len(name)}", 0) if hides in name else None
+
+    monkeypatch.setattr("khosim.explore.work.speaks", says)
+    monkeypatch.setattr("khosim.explore.shrink.speaks", says)
+    monkeypatch.setattr("khosim.explore.causes.speaks", says)
+    off = ("fix_region_release", hides, "fix_luo_off")
+    found = shrunk(Suspect("4:0", (BOOT,), (cause,), (), off), cause, "7.3")
+    assert found is not None
+    assert found.behind == (hides,)
+    assert found.problem.message == f"WARNING: page {len(f'7.3+{hides}=on')}"
+
+
+def test_a_corpus_knows_what_its_release_file_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another text under the same name is another release."""
+    file = tmp_path / "mine.py"
+    file.write_text("from khosim.kernel.release import RELEASES\n\nRELEASE = RELEASES['7.3']\n")
+    arguments = ["explore", "subtrees", "--runs", "1", "--release", str(file)]
+    arguments += ["--corpus", str(tmp_path / "corpus")]
+    assert main(arguments) in (0, 1)
+    assert main(arguments) in (0, 1)
+    file.write_text(f"{file.read_text()}RELEASE = RELEASES['7.2']\n")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "its release file is " in capsys.readouterr().err
+
+
 def test_an_interruption_keeps_what_was_found(
     whole: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
@@ -248,6 +284,10 @@ def test_an_exhaustive_search_resumes_too(tmp_path: Path) -> None:
     assert journals[0] == journals[1]
 
 
+def _runs(first: int, count: int) -> bytes:
+    return b'{"runs":[%d,%d],"suspects":[],"reached":[]}\n' % (first, count)
+
+
 def _with_off(off: bytes) -> bytes:
     steps = b'[["boot",["x","y"]]]'
     return b'{"runs":[0,3],"suspects":[[0,[["a","b"]],%s,%s]],"reached":[]}\n' % (steps, off)
@@ -270,6 +310,7 @@ def _with_off(off: bytes) -> bytes:
         ("journal.jsonl", b'{"shrunk":["4:0","x","y"],"steps":[]}\n', "line 1"),
         ("journal.jsonl", b'{"expand":[0,0],"children":[[[1]]]}\n', "line 1: not what"),
         ("journal.jsonl", b"{}\n", "line 1: not what"),
+        ("journal.jsonl", _runs(0, 3) + _runs(2, 3), "line 2: runs that a line before it has"),
         ("corpus.json", b"{", "corpus.json: it is torn"),
         ("corpus.json", b'{"format": "other"}', "its format is not"),
     ],
@@ -293,15 +334,16 @@ def test_a_corpus_belongs_to_one_campaign(
 ) -> None:
     """Other arguments, a file in its place, another process: a line, and status 2."""
     folder = tmp_path / "corpus"
-    arguments = ["explore", "subtrees", "--runs", "1", "--corpus", str(folder)]
-    assert main(arguments) in (0, 1)
+    arguments = ["explore", "subtrees", "--corpus", str(folder)]
+    assert main([*arguments, "--runs", "1"]) in (0, 1)
     capsys.readouterr()
     for more, told in (
         (["--seed", "3"], "its seed is '0', not '3'"),
         (["--fixed"], "its release is '7.3', not '7.3 fixed'"),
         (["--exhaustive", "1"], "its search is 'random', not 'exhaustive 1'"),
     ):
-        assert main([*arguments, *more]) == 2
+        runs = [] if "--exhaustive" in more else ["--runs", "1"]
+        assert main([*arguments, *runs, *more]) == 2
         assert told in capsys.readouterr().err
     with Corpus(folder, {}):
         assert main(arguments) == 2

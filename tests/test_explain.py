@@ -58,6 +58,17 @@ def test_a_silent_program_is_said_to_be_silent(
     assert "silent: Linux 7.3 fixed does not show it" in capsys.readouterr().out
 
 
+def test_what_hides_a_finding_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finding that shows on a release with a fix is not to be taken for one of the release."""
+    finding = {**FINDING, "release": "7.3+fix_luo_off=on", "behind": ["luo-off"]}
+    assert main(_told(finding, tmp_path)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == [
+        "shown by 2 steps on Linux 7.3+fix_luo_off=on",
+        "it shows once luo-off is fixed",
+    ]
+
+
 def test_every_writer_is_told() -> None:
     """A page that one function wrote and another one afterwards has two lines, and both calls."""
     steps = [

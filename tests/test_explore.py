@@ -371,4 +371,37 @@ def test_exhaustive_search_finds_the_shortest() -> None:
 def test_exhaustive_search_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     """``--exhaustive 1`` of pages on 7.3 is silent, and says how much it tried."""
     assert main(["explore", "pages", "--exhaustive", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["explored"] > 5
+    told = json.loads(capsys.readouterr().out)
+    assert told["explored"] > told["states"] > 5
+    assert (told["exhaustive"], told["is_complete"]) == (1, True)
+
+
+def test_an_exhaustive_search_says_what_it_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the number of states ends it, nobody is to think that all programs were tried."""
+    arguments = ["explore", "pages", "--exhaustive", "1"]
+    main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("every program of up to 1 steps after the boot; ")
+    monkeypatch.setattr(Campaign.exhaust, "__kwdefaults__", {"states_max": 3})
+    main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "not every program of up to 1 steps: it ended at 3 different states"
+
+
+@pytest.mark.parametrize(
+    "option", [["--runs", "3"], ["--seconds", "3"], ["--engine", "hypothesis"]]
+)
+def test_nothing_is_drawn_in_an_exhaustive_search(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it would have no use for is refused, not passed over."""
+    assert main(["explore", "pages", "--exhaustive", "1", *option]) == 2
+    assert capsys.readouterr().err.startswith(f"khosim: {option[0]}: ")
+
+
+def test_a_number_that_is_too_large_is_called_that(capsys: pytest.CaptureFixture[str]) -> None:
+    """Thirteen digits are a whole number as well."""
+    assert main(["explore", "--seed", "9" * 13]) == 2
+    assert capsys.readouterr().err == f"khosim: --seed: {'9' * 13} is more than 999999999999\n"

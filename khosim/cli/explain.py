@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         said = [f"{problem.invariant}: {story.spoke.message}"]
         said.append(f"shown by {len(steps)} steps on Linux {name}")
+    behind = line.get("behind")
+    if isinstance(behind, list) and behind:
+        said.append(f"it shows once {' and '.join(map(str, behind))} is fixed")
     hazards = line.get("hazards")
     if isinstance(hazards, list) and hazards:
         said.append(f"known hazard: docs/hazards/{hazards[0]}.md")

@@ -13,6 +13,7 @@ import json
 import signal
 import sys
 from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,12 @@ def run(args: argparse.Namespace) -> int:
     seed = _number("--seed", args.seed, 0)
     seconds = None if args.seconds is None else _number("--seconds", args.seconds, 1)
     runs = None if seconds else _number("--runs", args.runs or str(_RUNS), 1)
-    depth = None if args.exhaustive is None else _number("--exhaustive", args.exhaustive, 1)
+    depth = None
+    if args.exhaustive is not None:
+        depth = _number("--exhaustive", args.exhaustive, 1)
+        for option in ("runs", "seconds"):
+            if getattr(args, option) is not None:
+                raise InputError(f"--{option}", "not together with --exhaustive")
     jobs = _number("--jobs", args.jobs, 1, _JOBS_MAX)
     if args.cluster is not None and jobs != 1:
         raise InputError("--jobs", "not together with --cluster")
@@ -99,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     if args.engine not in ("plain", "hypothesis"):
         raise InputError("--engine", f"{args.engine!r} is not one of plain, hypothesis")
     if args.engine == "hypothesis":
+        if depth is not None:
+            raise InputError("--engine", "nothing is drawn with --exhaustive")
         hypothesis_version()
     spec = Spec(args.scenario, release, str(seed), args.coverage, args.engine)
     with ExitStack() as stack:
@@ -163,6 +171,7 @@ def _corpus(path: Path, spec: Spec, depth: int | None) -> Corpus:
     from khosim.explore.codec import release_text
     from khosim.explore.corpus import Corpus, fingerprint
     from khosim.explore.engine import hypothesis_version
+    from khosim.plugins import is_plugin, plugin_file
 
     search = "random" if depth is None else f"exhaustive {depth}"
     if spec.engine == "hypothesis":
@@ -174,6 +183,10 @@ def _corpus(path: Path, spec: Spec, depth: int | None) -> Corpus:
         "search": search,
         "khosim": fingerprint(),
     }
+    base = spec.release.partition("+")[0] if isinstance(spec.release, str) else ""
+    if is_plugin(base):  # what it says, not only its name, decides what is found
+        text = plugin_file(base).read_bytes()
+        about["release file"] = blake2b(text, digest_size=8).hexdigest()
     return Corpus(path, about)
 
 
@@ -226,6 +239,8 @@ def _text(result: dict[str, Any]) -> str:
     heading = f"{result['explored']} programs of scenario {result['scenario']} on Linux"
     told = f"{len(findings)} findings" + (f", {new} NEW" if findings else "")
     lines = [f"{heading} {result['release']}, seed {result['seed']}: {told}"]
+    if "states" in result:
+        lines += wrap(_states_text(result), _COLUMNS)
     if "lost" in result:
         lines.append(f"left out, for they end their workers: runs {result['lost']}")
     if "unexplained" in result:
@@ -247,10 +262,17 @@ def _text(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _states_text(result: dict[str, Any]) -> str:
+    states, depth = result["states"], result["exhaustive"]
+    if result["is_complete"]:
+        return f"every program of up to {depth} steps after the boot; {states} different states"
+    return f"not every program of up to {depth} steps: it ended at {states} different states"
+
+
 def _number(option: str, text: str, low: int, high: int = 10**12 - 1) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 12 or int(text) < low:
-        shown = text if len(text) <= 30 else f"{text[:30]}..."
+    shown = text if len(text) <= 30 else f"{text[:30]}..."
+    if not text.isascii() or not text.isdigit() or (len(text) <= 12 and int(text) < low):
         raise InputError(option, f"{shown!r} is not a whole number from {low} on")
-    if int(text) > high:
-        raise InputError(option, f"{text} is more than {high}")
+    if len(text) > 12 or int(text) > high:
+        raise InputError(option, f"{shown} is more than {high}")
     return int(text)

@@ -65,6 +65,8 @@ class Campaign:
         self.stops = stops
         self.explored = 0
         self.is_interrupted = False
+        self.exhausted: tuple[int, Exhausted] | None = None
+        """The depth and the end of a search through all programs, if this is one."""
         self.lost: list[int] = []
         """Runs that ended every worker that tried."""
         self.reached: set[str] = set()
@@ -182,8 +184,11 @@ class Campaign:
             if self.is_interrupted or frontier.is_full:
                 break
             frontier.deeper()
+        done = frontier.done()
+        done = done._replace(is_complete=done.is_complete and not self.is_interrupted)
+        self.exhausted = depth, done
         self._finish()
-        return frontier.done()
+        return done
 
     def _level(self, level: int, frontier: Frontier) -> None:
         firsts = iter(range(0, len(frontier.level), _PROGRAMS))
@@ -262,6 +267,7 @@ class Campaign:
 
     def _recall(self, corpus: Corpus) -> None:
         release = self.spec.release
+        held: set[int] = set()
         for place, line in corpus.lines():
             if "shrunk" in line:
                 self.keeper.recall(*record.to_answer(line, release, place))
@@ -270,6 +276,9 @@ class Campaign:
                 self._children[key] = children
             else:
                 first, count, result = record.to_runs(line, self.spec, place)
+                if not held.isdisjoint(range(first, first + count)):
+                    raise InputError(place, "runs that a line before it has as well")
+                held |= {*range(first, first + count)}
                 self._chunks[first] = (count, result)
 
     def _finish(self) -> None:
@@ -294,6 +303,9 @@ class Campaign:
             "explored": self.explored,
             "findings": [self._told(finding) for finding in self.findings],
         }
+        if self.exhausted is not None:
+            depth, done = self.exhausted
+            result |= {"exhaustive": depth, "states": done.states, "is_complete": done.is_complete}
         if self.keeper.unexplained:
             result["unexplained"] = self.keeper.unexplained
         if self.lost:

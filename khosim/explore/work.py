@@ -174,38 +174,42 @@ def shrunk(
     steps, off = list(suspect.steps), suspect.off
     without = silenced(release, off) if off else None
     found = shrink(steps, cause, release, also=without, tick=tick)
-    hidden_by: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
     if found is None and without:
         found = shrink(on_release(steps, without), cause, without, tick=tick)
         if found is not None:
-            hidden_by = _hidden_by(found[0], cause, release, off, tick)
+            behind, problem = _hidden_by(*found, cause, release, off, tick)
+            found = found[0], problem
     if found is None:
         return None
     steps, problem = found
-    base = silenced(release, hidden_by)
+    base = silenced(release, behind)
     silent = silencers(on_release(steps, base), cause, base, tick)
-    return Shrunk(on_release(steps, release), problem, silent, hidden_by)
+    return Shrunk(on_release(steps, release), problem, silent, behind)
 
 
 def _hidden_by(
     steps: list[Step],
+    problem: Problem,
     cause: Cause,
     release: str | Release,
     off: tuple[str, ...],
     tick: Callable[[int], None],
-) -> tuple[str, ...]:
-    # Of the switches that are on those that have to be: mostly none, else a smallest set.
-    def says(names: tuple[str, ...]) -> bool:
+) -> tuple[tuple[str, ...], Problem]:
+    # Of the switches that are on those that have to be, mostly none, else a smallest set; and what
+    # is said with just these, in which addresses may be others.
+    def says(names: tuple[str, ...]) -> Problem | None:
         tick(0)
         base = silenced(release, names)
-        return speaks(on_release(steps, base), cause, base) is not None
+        return speaks(on_release(steps, base), cause, base)
 
-    if says(()):
-        return ()
+    if said := says(()):
+        return (), said
     for name in off:
         less = tuple(other for other in off if other != name)
-        off = less if says(less) else off
-    return off
+        if said := says(less):
+            off, problem = less, said
+    return off, problem
 
 
 def do(spec: Spec, task: Task, tick: Callable[[int], None] = _no_tick) -> Any:
