@@ -13,6 +13,7 @@ import pytest
 
 from khosim.cli.main import main
 from khosim.errors import InputError, KhoSimError
+from khosim.explore import agent_calls
 from khosim.explore.campaign import Campaign, run_unit, tags
 from khosim.explore.codec import decode_steps, encode_steps
 from khosim.explore.exhaust import digest, exhaust, expand, keep_of, kinds_of
@@ -220,6 +221,32 @@ def test_a_leak_is_no_secret() -> None:
     assert world is not None
     world.items.clear()
     assert [p.invariant for p in world.judge(drained=True)] == ["all-given-back"]
+
+
+def test_what_cannot_be_otherwise_is_no_finding() -> None:
+    """No room to move a huge folio to; damage that a device's own came before; a dead agent."""
+    line = "kho=on liveupdate=on hugepages=16"
+    huge = [
+        Step("create_session", ("s0", "vm")),
+        Step("load_image", (line,)),
+        Step("memfd_huge", ("m0", 2097153)),
+        Step("preserve_file", ("s0", "m0", 0)),
+    ]
+    struck = [
+        Step("overwritten", ("kexec-metadata", 0, "ffffffffffffffff")),
+        Step("stray_device", ("d0", "'scratch array'")),
+        Step("kexec", ("kho=on",)),
+    ]
+    for first, steps in ((line, huge), ("kho=on", struck)):
+        program = [Step("boot", ('"64M"', first, fixed("7.3"))), *steps]
+        world = replay(program, fixed("7.3"))
+        assert world is not None
+        assert len(world.steps) == len(program)
+        assert world.problems == []
+    deaths = [random_run(f"dead:{n}", "oops", fixed("7.3")).steps for n in range(60)]
+    dead = {step.kind for steps in deaths for step in steps if step.dies}
+    assert dead
+    assert not dead & set(agent_calls.__all__)
 
 
 def test_an_audit_survives_pages_beyond_ram() -> None:

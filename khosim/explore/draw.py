@@ -11,6 +11,7 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from khosim.explore import agent_calls
 from khosim.explore.catalog import GIVES_BACK, KINDS, SCENARIOS
 from khosim.explore.kinds import NEW, Args, Kind, is_lawful
 from khosim.explore.kinds_boot import machine_weight
@@ -25,7 +26,8 @@ __all__ = ("is_drained", "named", "random_run")
 
 _STEPS_MAX = 36
 _REFUSALS_MAX = 3
-_NO_OOPS = (*JUMPS, "reset", "kill")
+_NO_OOPS = (*JUMPS, "reset", "kill", *agent_calls.__all__)
+"""Where no task dies: agents of those calls clean up after themselves, which the dead cannot."""
 _SWEEP_MAX = 16
 _FACTORS = (0.2, 1, 1, 3)
 """A program has its own likings: kinds of steps that it takes seldom, or often."""

@@ -107,6 +107,8 @@ DIED = "task died"
 
 _LITTLE = 256 << 10
 """With less memory than that any call may be refused for want of it."""
+_HUGE = 2 << 20
+"""A file's last folio may be so much larger than what is in it."""
 _LEFT = ("EBUSY", "EEXIST", "EINVAL", "ENOENT")
 
 
@@ -353,6 +355,7 @@ class World:
         """What struck between two kernels: is anything promised still, and was it noticed?"""
         machine: kit.Stage | None = self.vars.get("machine")
         struck = [] if machine is None else machine.struck
+        is_astray = self.is_harmed  # somebody else's DMA may have been quicker
         for fault in struck:
             if not fault.has_struck or fault.spares:
                 continue
@@ -360,7 +363,7 @@ class World:
             kernel = self.machine.kernel
             said = [panic, *(kernel.messages if kernel else ())]
             is_unread = kernel is not None and not kernel.options.kho  # by whom KHO is off
-            if len(struck) > 1 or not fault.words or is_unread:
+            if len(struck) > 1 or not fault.words or is_unread or is_astray:
                 continue
             if not any(word in text for word in fault.words for text in said):
                 self._problem("damage-unnoticed", f"nobody said {fault.words[0]!r}")
@@ -374,7 +377,10 @@ class World:
             return  # what a dead task had begun is in the way
         if kind.opens and errno_name == "EIO" and (self.has_failed or self._lacks_handler()):
             return
-        lacks_memory = bool(step.fault) or self.free_bytes < _LITTLE
+        # Of a file that is preserved, what is in scratch has to move.
+        files = [item for item in self.of("file") if item.name in step.args and kind.locks]
+        need = sum(item.facts.get("size", 0) + _HUGE for item in files)
+        lacks_memory = bool(step.fault) or self.free_bytes < _LITTLE + need
         allowed = kind.errnos | ({"ENOMEM"} if lacks_memory else frozenset())
         if errno_name not in allowed:
             text = f"{step.kind} was refused with -{errno_name}"
