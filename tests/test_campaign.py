@@ -624,6 +624,19 @@ def test_what_is_hidden_does_not_stand_for_what_is_plain() -> None:
     assert hidden.steps[0].args[2] == hidden.release
 
 
+def test_what_two_hazards_explain_alone_stands_for_neither() -> None:
+    """Each of them is looked for on, until a program has just one."""
+    keeper = Keeper("7.3")
+    cause, fixes = ("a", "x"), ("fix_luo_without_kho", "fix_debugfs_refused")
+    for n, switches in enumerate((fixes, fixes, fixes[:1])):
+        steps = [BOOT, *(Step(kind, (n,)) for kind in ("memfd", "vmalloc", "vfree")[n : n + 1])]
+        keeper.take(Suspect(f"0:{n}", tuple(steps), (cause,), (fixes[:1],)))
+        wanted = keeper.next_wanted()
+        assert wanted is not None
+        keeper.answer(wanted[0], Shrunk(steps, Problem("a", "x", 0), switches))
+        assert keeper.known == (fixes[:1] if n == 2 else ())
+
+
 def test_each_switch_has_a_page() -> None:
     """The names of hazards are those of their pages."""
     pages = Path(__file__).resolve().parent.parent / "docs" / "hazards"

@@ -73,8 +73,10 @@ class _Queue:
 
     @property
     def is_full(self) -> bool:
-        """Whether no more is wanted: a program that others hide leaves room for a plain one."""
-        plain = sum(not found.behind for found in self.known)
+        """Whether no more is wanted: what may be of others leaves room for a plain program."""
+        if self.most == _PER_CAUSE:
+            return len(self.known) >= self.most
+        plain = sum(found.is_plain for found in self.known)
         return plain >= self.most or len(self.known) >= 2 * self.most
 
 
@@ -128,13 +130,12 @@ class Keeper:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The switches of the hazards that were found, but for those that are hidden as yet."""
+        """The switches of hazards that were found, each by a program that is of nothing else."""
         told = {
-            name
-            for key, queue in self._queues.items()
+            found.switches[0]
+            for queue in self._queues.values()
             for found in queue.known
-            for name in found.switches
-            if name in key and not found.behind
+            if found.is_plain
         }
         return tuple(name for name in (*SWITCHES, *EARLIER) if name in told)
 

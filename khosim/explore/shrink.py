@@ -54,6 +54,11 @@ class Finding:
         return self.problem.invariant
 
     @property
+    def is_plain(self) -> bool:
+        """Whether one known hazard explains it, and no other: nor does one hide it."""
+        return len(self.switches) == 1 and not self.behind
+
+    @property
     def count(self) -> int:
         """In how many programs it spoke."""
         return len(self.runs)
