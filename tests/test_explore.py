@@ -224,7 +224,7 @@ def test_a_leak_is_no_secret() -> None:
 
 
 def test_what_cannot_be_otherwise_is_no_finding() -> None:
-    """No room to move a huge folio to; damage that a device's own came before; a dead agent."""
+    """No room for a huge folio; damage upon damage; a device beside a dead kernel; dead agents."""
     line = "kho=on liveupdate=on hugepages=16"
     huge = [
         Step("create_session", ("s0", "vm")),
@@ -237,7 +237,15 @@ def test_what_cannot_be_otherwise_is_no_finding() -> None:
         Step("stray_device", ("d0", "'scratch array'")),
         Step("kexec", ("kho=on",)),
     ]
-    for first, steps in ((line, huge), ("kho=on", struck)):
+    beside = [
+        Step("create_session", ("s0", "vm")),
+        Step("alloc_folio", ("f0", 0)),
+        Step("preserve_folio", ("f0",)),
+        Step("device", ("d0", "f0")),
+        Step("kexec", ("kho=on liveupdate=on",), 1, True),
+    ]
+    programs = ((line, huge), ("kho=on", struck), ("kho=on liveupdate=on", beside))
+    for first, steps in programs:
         program = [Step("boot", ('"64M"', first, fixed("7.3"))), *steps]
         world = replay(program, fixed("7.3"))
         assert world is not None

@@ -421,10 +421,7 @@ class World:
         known = {(p.invariant, p.message) for p in self.problems}
         found: list[Violation] = []
         try:
-            if not self.is_over or self.machine.kernel is not None:
-                found = kit.audit(self.machine, drained=drained)
-            else:
-                found = self.machine.check()
+            found = kit.audit(self.machine, drained=drained)
         except KernelPanic:
             if not self.is_harmed:
                 raise
