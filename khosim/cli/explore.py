@@ -248,10 +248,9 @@ def _text(result: dict[str, Any]) -> str:
     for n, finding in enumerate(findings, 1):
         what = "known hazard " + " with ".join(finding["hazards"]) if finding["hazards"] else "NEW"
         where = f"in {finding['count']} programs, first shown by {finding['seed']}"
-        lines += ["", f"-- {n}. {finding['invariant']}: {what}", where]
         if finding["behind"]:
             where += f"; it shows once {' and '.join(finding['behind'])} is fixed"
-            lines[-1] = where
+        lines += ["", f"-- {n}. {finding['invariant']}: {what}", where]
         lines += wrap(finding["message"], _COLUMNS)
         if finding["also"]:
             lines += wrap(f"also said by {', '.join(finding['also'])}", _COLUMNS)

@@ -36,7 +36,7 @@ __all__ = ("CHUNK", "Campaign", "Suspect", "run_unit", "tags")
 CHUNK = DRAWN_TOGETHER
 """Runs in one piece of work."""
 _ROUND = 10 * CHUNK
-"""Runs until a campaign looks at what it found; the next time after as many as it has made."""
+"""Runs until a campaign looks at what it found, whole pieces; then again after as many more."""
 _PROGRAMS = 4
 """Programs to go on from in one piece of an exhaustive search."""
 _LOOK_AGAIN = 0.5
@@ -127,10 +127,8 @@ class Campaign:
     def _missing(self, runs: int | None, done: set[int]) -> Iterator[tuple[int, int]]:
         # (first, count) of what was not done yet.
         first = 0
-        round_end = _ROUND
         while runs is None or first < runs:
-            round_end *= 2 if first == round_end else 1
-            end = min(first - first % CHUNK + CHUNK, round_end)
+            end = first - first % CHUNK + CHUNK
             end = end if runs is None else min(end, runs)
             count = 0
             while first + count < end and first + count not in done:
