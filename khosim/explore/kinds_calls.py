@@ -24,16 +24,12 @@ _POINTER_BYTES = 8
 _FOLIOS_MAX = (1 << 32) - 1
 
 
-def _is_on(world: World) -> bool:
-    return world.has_kernel and world.kernel.liveupdate.enabled
-
-
 # -- numbers -------------------------------------------------------------------------------------
 
 
 def _device_choices(world: World) -> list[Args]:
     first = LIVEUPDATE_CMD_BASE + _DEVICE_CALLS
-    return [(n,) for n in (first, LIVEUPDATE_CMD_SESSION_BASE, 0xFF)] if _is_on(world) else []
+    return [(n,) for n in (first, LIVEUPDATE_CMD_SESSION_BASE, 0xFF)] if world.has_luo else []
 
 
 def _session_choices(world: World) -> list[Args]:
@@ -46,7 +42,7 @@ def _session_choices(world: World) -> list[Args]:
 def _narrow_choices(world: World) -> list[Args]:
     # Whose structures have no pointers and no padding: as wide as the kernel's.
     taken = {item["name"] for item in world.of("session", "held")}
-    return [("narrow",)] if _is_on(world) and "narrow" not in taken else []
+    return [("narrow",)] if world.has_luo and "narrow" not in taken else []
 
 
 # -- finishing -----------------------------------------------------------------------------------
@@ -66,7 +62,7 @@ def _finish_choices(world: World) -> list[Args]:
 
 
 def _sparse_choices(world: World) -> list[Args]:
-    if not _is_on(world) or "off" in {item["name"] for item in world.of("session", "held")}:
+    if not world.has_luo or "off" in {item["name"] for item in world.of("session", "held")}:
         return []
     page = world.kernel.arch.page_size
     pages = (KVMALLOC_MAX_BYTES // _POINTER_BYTES + 1, _FOLIOS_MAX + 1)
@@ -74,7 +70,7 @@ def _sparse_choices(world: World) -> list[Args]:
 
 
 def _call_off_choices(world: World) -> list[Args]:
-    if not _is_on(world):
+    if not world.has_luo:
         return []
     files = [item for item in world.of("file", "held") if item["type"] == "memfd"]
     return [(item.name,) for item in files if not item["was"]]

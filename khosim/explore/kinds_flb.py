@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 __all__ = ("KINDS",)
 
 
-def _is_on(world: World) -> bool:
-    return world.has_kernel and world.kernel.liveupdate.enabled
-
-
 def _token_choices(world: World) -> list[Args]:
-    if not _is_on(world) or not world.of("ledger") or len(world.of("file")) >= FILES_MAX:
+    if not world.has_luo or not world.of("ledger") or len(world.of("file")) >= FILES_MAX:
         return []
     return [(NEW, refuses) for refuses in ("", "preserve", "freeze", "finish", "retrieve")]
 
@@ -35,7 +31,7 @@ def _token_done(world: World, args: Args) -> None:
 
 
 def _ledger_choices(world: World) -> list[Args]:
-    if not _is_on(world) or world.of("ledger"):
+    if not world.has_luo or world.of("ledger"):
         return []
     # What came and cannot be found again is the plainest way to lose it.
     return [(NEW,), (NEW, "retrieve")] if "ledger" in world.came else [(NEW,)]
@@ -43,7 +39,7 @@ def _ledger_choices(world: World) -> list[Args]:
 
 def _tokens_choices(world: World) -> list[Args]:
     # A ledger that came needs somebody who knows it.
-    if not _is_on(world) or world.of("ledger") or "ledger" in world.came:
+    if not world.has_luo or world.of("ledger") or "ledger" in world.came:
         return []
     return [(NEW,)]
 
@@ -73,7 +69,7 @@ def _token_lost(world: World, args: Args) -> None:
 
 def _late_choices(world: World) -> list[Args]:
     # The module with the ledger comes after the one with the tokens.
-    if not _is_on(world):
+    if not world.has_luo:
         return []
     return [(item.name,) for item in world.of("ledger") if not item["flb"]]
 
@@ -91,7 +87,7 @@ def _reload_choices(world: World) -> list[Args]:
         return []
     ledgers = [item for item in world.of("ledger", "held") if item["flb"] and not item["gets"]]
     found = [(NEW, i.name) for i in ledgers if not i["refuses"] and not i.facts.get("again")]
-    return found if _is_on(world) else []
+    return found if world.has_luo else []
 
 
 def _reloaded(world: World, args: Args) -> None:
@@ -202,7 +198,7 @@ KINDS = (
     Kind(
         "second_ledger",
         "flb",
-        lambda w: [()] if w.of("ledger") and _is_on(w) else [],
+        lambda w: [()] if w.of("ledger") and w.has_luo else [],
         lambda w: "second_ledger(kernel)",
         nothing,
         errnos=frozenset(("EINVAL",)),

@@ -28,15 +28,11 @@ _ROOM_BYTES = 8 << 20
 """Free memory that is enough for many of anything: no author wants half of them."""
 
 
-def _is_on(world: World) -> bool:
-    return world.has_kernel and world.kernel.liveupdate.enabled
-
-
 # -- sessions ------------------------------------------------------------------------------------
 
 
 def _create_choices(world: World) -> list[Args]:
-    if not _is_on(world) or len(world.of("session", "held")) >= _SESSIONS_MAX:
+    if not world.has_luo or len(world.of("session", "held")) >= _SESSIONS_MAX:
         return []
     used = {item["name"] for item in world.of("session", "held")}
     names = ("vm", "x" * (_MAX - 1), "x" * _MAX)
@@ -48,7 +44,7 @@ def _create_done(world: World, args: Args) -> None:
 
 
 def _twice_choices(world: World) -> list[Args]:
-    if not _is_on(world):
+    if not world.has_luo:
         return []
     names = [item["name"] for item in world.of("session", "held")]
     names += [f"{item.name}_0" for item in world.of("crowd", "held")]
@@ -56,7 +52,7 @@ def _twice_choices(world: World) -> list[Args]:
 
 
 def _crowd_choices(world: World) -> list[Args]:
-    if not _is_on(world) or world.of("crowd", "held") or world.free_bytes < _ROOM_BYTES:
+    if not world.has_luo or world.of("crowd", "held") or world.free_bytes < _ROOM_BYTES:
         return []
     full = kho_block_capacity(world.kernel.arch.page_size, LUO_SESSION_SER_BYTES)
     left = full - len(world.of("session", "held"))
@@ -76,7 +72,7 @@ def close_session(world: World, args: Args) -> None:
 
 
 def _arriving(world: World) -> list[Args]:
-    if not world.has_kernel or not world.kernel.liveupdate.enabled:
+    if not world.has_luo:
         return []
     tokens = any(item["type"] == "token" for item in world.of("file", "incoming"))
     if tokens and not world.of("ledger"):
@@ -112,7 +108,7 @@ def _close_choices(world: World) -> list[Args]:
 
 
 def _session_files(world: World) -> list[Args]:
-    if not _is_on(world):
+    if not world.has_luo:
         return []
     return [
         (session.name, item.name, token)
@@ -140,7 +136,7 @@ def _owned_files(world: World) -> list[Args]:
 
 
 def _many_choices(world: World) -> list[Args]:
-    if not _is_on(world) or world.free_bytes < _ROOM_BYTES:
+    if not world.has_luo or world.free_bytes < _ROOM_BYTES:
         return []
     full = kho_block_capacity(world.kernel.arch.page_size, LUO_FILE_SER_BYTES)
     found = []

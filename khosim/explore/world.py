@@ -194,6 +194,11 @@ class World:
         """Whether KHO is on, which its users are to ask (``kho_is_enabled``)."""
         return self.has_kernel and self.kernel.kho_enable
 
+    @property
+    def has_luo(self) -> bool:
+        """Whether there are sessions to be had: a kernel with Live Update on."""
+        return self.has_kernel and self.kernel.liveupdate.enabled
+
     def of(self, kind: str, *states: str) -> list[Item]:
         """The items of a kind, in one of ``states`` or in any."""
         return [
